@@ -1,0 +1,106 @@
+"""Listing 100,000 outputs: the first scan, nothing changed, a file added before each listing, one workflow's files.
+
+Goal (issue: models and outputs): p95 under 50 ms after the first scan. All by `Files.list_outputs`, limit 50, on real
+files in a temporary folder: once all in one folder, as ComfyUI writes by itself, once in 1,000 folders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from managers.files import Files, FilesConfig, OutputOwner
+
+FILES = 100_000
+GOAL_MS = 50.0
+
+
+class Row(Struct, frozen=True):
+    layout: str
+    what: str
+    listings: int
+    p50_ms: float
+    p95_ms: float
+
+
+class Owner(Struct, frozen=True):
+    workflow_id: str
+    node_id: str | None
+
+
+class Owners:
+    """A record in memory, so that only the folder is measured."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._paths = {f"workflow-{n}": paths[n * 40 : n * 40 + 40] for n in range(100)}
+        self._owners = {path: Owner(name, "9") for name, mine in self._paths.items() for path in mine}
+
+    async def workflows_of(self, paths: Sequence[str]) -> Mapping[str, OutputOwner]:
+        return {path: self._owners[path] for path in paths if path in self._owners}
+
+    async def paths_of(self, workflow_id: str) -> Sequence[str]:
+        return self._paths[workflow_id]
+
+
+def _make(root: Path, folders: int) -> list[str]:
+    paths = []
+    for n in range(FILES):
+        path = f"img_{n:06d}_.png" if folders == 1 else f"{n % folders:04d}/img_{n:06d}_.png"
+        if folders > 1 and n < folders:
+            (root / path).parent.mkdir()
+        (root / path).write_bytes(b"x")
+        paths.append(path)
+    return paths
+
+
+async def _measure(layout: str, root: Path, folders: int) -> list[Row]:
+    files = Files(FilesConfig(outputs=root, models={}), Owners(_make(root, folders)))
+    rows = []
+
+    async def listing(what: str, times: int, *, add: bool = False, workflow_id: str | None = None) -> None:
+        taken = []
+        for n in range(times):
+            if add:
+                name = f"added_{n:04d}.png"
+                (root / name if folders == 1 else root / f"{n % folders:04d}" / name).write_bytes(b"x")
+            started = time.perf_counter()
+            page = await files.list_outputs(limit=50, workflow_id=workflow_id)
+            taken.append((time.perf_counter() - started) * 1000)
+            wanted = 40 if workflow_id else 50
+            assert len(page.outputs) == wanted
+            assert not add or page.outputs[0].filename == name
+        taken.sort()
+        rows.append(Row(layout, what, times, taken[len(taken) // 2], taken[int(len(taken) * 0.95)]))
+
+    try:
+        await listing("first scan", 1)
+        await listing("nothing changed", 300)
+        await listing("a file added before each", 100, add=True)
+        await listing("one workflow's files", 100, workflow_id="workflow-7")
+    finally:
+        files.close()
+    return rows
+
+
+def run() -> list[Row]:
+    """Both layouts, a row for each measurement."""
+    rows = []
+    for layout, folders in (("one folder", 1), ("1,000 folders", 1000)):
+        with tempfile.TemporaryDirectory() as root:
+            rows += asyncio.run(_measure(layout, Path(root), folders))
+    return rows
+
+
+def main() -> None:
+    print(f"{FILES:,} outputs, limit 50; goal after the first scan: p95 < {GOAL_MS:.0f} ms")
+    for row in run():
+        print(f"{row.layout:14} {row.what:26} n={row.listings:<4} p50 {row.p50_ms:8.1f} ms  p95 {row.p95_ms:8.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

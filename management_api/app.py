@@ -1,0 +1,115 @@
+"""Puts the house together: settings in, an ASGI app out. What is started in it is in `services.py`.
+
+Must never hold a rule itself.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.types import ControllerRouterHandler
+
+from management_api import __version__
+from management_api.cors import Cors
+from management_api.errors import exception_handlers, log_socket_failure
+from management_api.limits import ClientAddress, RateLimiter
+from management_api.logging import SILENT, Logs
+from management_api.openapi import openapi_config, prepare, static_router
+from management_api.outer import Outer
+from management_api.security import Authenticator
+from management_api.services import Base, Services, start_services
+from management_api.settings import Settings
+from managers.clock import Clock, SystemClock
+from metrics.http import HttpMetrics
+from metrics.registry import new_registry
+from routes.bodies import JsonRequest
+from routes.files import files_routes
+from routes.service import service_routes
+from routes.stream import stream_routes
+from routes.workflows import workflow_routes
+
+ROUTES: list[ControllerRouterHandler] = [*service_routes, *workflow_routes, *stream_routes, *files_routes]
+"""Every door of the service."""
+
+
+class Application(Outer):
+    """The ASGI app for the server, with what tests and the command line want to reach."""
+
+    litestar: Litestar
+    base: Base
+    running: list[Services]
+    """The services while the lifespan lasts, else empty."""
+
+
+def create_app(
+    settings: Settings,
+    services: Services | None = None,
+    *,
+    routes: Sequence[ControllerRouterHandler] | None = None,
+    logs: Logs = SILENT,
+    clock: Clock | None = None,
+) -> Application:
+    """The app. With `services` nothing is started: they are used as they are. `routes` default to `ROUTES`."""
+    api = settings.api
+    base = Base(
+        settings=settings,
+        clock=clock or SystemClock(),
+        registry=new_registry(),
+        authenticator=Authenticator(api.key, metrics_auth=api.metrics_auth),
+    )
+    running: list[Services] = []
+
+    @asynccontextmanager
+    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            if services is None:
+                running.append(await stack.enter_async_context(start_services(base)))
+            else:
+                running.append(services)
+            stack.callback(running.clear)
+            _settle(app)
+            stack.callback(gc.unfreeze)
+            yield
+
+    litestar = Litestar(
+        route_handlers=[*(ROUTES if routes is None else routes), static_router()],
+        dependencies={name: _provide(running, name) for name in Services.__struct_fields__},
+        exception_handlers=exception_handlers(),
+        after_exception=[log_socket_failure],
+        lifespan=[lifespan],
+        openapi_config=openapi_config(__version__),
+        request_class=JsonRequest,
+        request_max_body_size=api.max_body,
+        logging_config=None,
+        debug=False,
+    )
+    application = Application(
+        litestar,
+        authenticator=base.authenticator,
+        limiter=RateLimiter(api.rate_limit, api.rate_limit_allow) if api.rate_limit else None,
+        addresses=ClientAddress(api.trusted_proxies),
+        cors=Cors(api.cors_allowed_origins),
+        metrics=HttpMetrics(base.registry),
+        access_log=logs.access,
+    )
+    application.litestar, application.base, application.running = litestar, base, running
+    return application
+
+
+def _settle(app: Litestar) -> None:
+    """The end of start-up: what lives now lives long, so the collector need not look at it again (STACK §2)."""
+    prepare(app)
+    gc.collect()
+    gc.freeze()
+
+
+def _provide(running: list[Services], name: str) -> Provide:
+    def provide() -> Any:
+        return getattr(running[0], name)
+
+    return Provide(provide, sync_to_thread=False)

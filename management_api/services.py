@@ -1,0 +1,205 @@
+"""What the service is made of, started and stopped in one visible order.
+
+The only place where a manager meets another. Must never hold a rule of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import structlog
+from msgspec import Struct
+from prometheus_client import CollectorRegistry
+
+from management_api import __version__
+from management_api.security import Authenticator
+from management_api.settings import Settings
+from managers.clock import Clock, new_id
+from managers.comfyui.backend import BackendConfig
+from managers.errors import StoreUnavailable
+from managers.events.hub import Hub
+from managers.events.tickets import Tickets
+from managers.files import MODEL_TYPES, Files, FilesConfig, OutputOwner
+from managers.workflows.dispatcher import Dispatcher, DispatcherConfig
+from managers.workflows.manager import QueueConfig, WorkflowManager
+from managers.workflows.outputs import OutputDoor
+from managers.workflows.sqlite_store import SqliteStore
+from managers.workflows.store import WorkflowStore
+from routes.service import ReadyChecks, ReadyState, ServiceInfo
+from routes.stream import Streams
+
+log = structlog.get_logger(__name__)
+
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_RESTART_SECONDS = 1.0
+
+
+class Base(Struct, frozen=True):
+    """What exists before anything is started."""
+
+    settings: Settings
+    clock: Clock
+    registry: CollectorRegistry
+    authenticator: Authenticator
+
+
+class Services(Struct, frozen=True):
+    """What routes ask for by name (`NamedDependency`): each field is one dependency."""
+
+    service: ServiceInfo
+    ready_state: ReadyState
+    registry: CollectorRegistry
+    workflows: WorkflowManager
+    hub: Hub
+    streams: Streams
+    files: Files
+    output_door: OutputDoor
+
+    async def close_doors(self) -> None:
+        """The first step of stopping, before the server closes its sockets: no new work, streams end with 1001."""
+        self.workflows.drain()
+        await self.hub.close()
+
+
+@asynccontextmanager
+async def start_services(base: Base) -> AsyncIterator[Services]:
+    """Start the managers, each on those before it; stop them in reverse when the service ends."""
+    settings, clock = base.settings, base.clock
+    store = SqliteStore(settings.api.data_dir, clock=clock, ids=new_id, aging_seconds=settings.comfyui.priority_aging)
+    hub = Hub(store)
+    workflows = WorkflowManager(
+        QueueConfig(
+            max_waiting=settings.comfyui.max_queue,
+            aging_seconds=settings.comfyui.priority_aging,
+            timeout_seconds=settings.comfyui.timeout,
+        ),
+        store=store,
+        events=hub,
+        clock=clock,
+        new_id=new_id,
+    )
+    await store.open(workflows.committed)
+    dispatchers = [
+        Dispatcher(
+            DispatcherConfig(backend=backend, prefetch=settings.comfyui.prefetch),
+            store=store,
+            events=hub,
+            live=workflows.live,
+            describe=workflows.describe,
+            clock=clock,
+            new_id=new_id,
+            client_id=await store.client_id(backend.name),
+        )
+        for backend in backend_configs(settings)
+    ]
+    workflows.attach(dispatchers)
+    tickets = Tickets(clock)
+    base.authenticator.register_ticket_checker(tickets.redeem)
+    files = Files(
+        FilesConfig(
+            outputs=settings.comfyui.outputs,
+            models={
+                name: getattr(settings.comfyui.models, name) for name in settings.comfyui.models.__struct_fields__
+            },
+        ),
+        Owners(store),
+    )
+    services = Services(
+        service=ServiceInfo(
+            version=__version__, started=clock.monotonic(), clock=clock, metrics_auth=settings.api.metrics_auth
+        ),
+        ready_state=Readiness(workflows),
+        registry=base.registry,
+        workflows=workflows,
+        hub=hub,
+        streams=Streams(
+            hub=hub,
+            log=store,
+            source=workflows,
+            tickets=tickets,
+            clock=clock,
+            origins=settings.api.cors_allowed_origins,
+        ),
+        files=files,
+        output_door=OutputDoor(workflows),
+    )
+    work = [
+        asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers
+    ]
+    try:
+        yield services
+    finally:
+        await services.close_doors()
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+        for dispatcher in dispatchers:
+            await dispatcher.aclose()
+        files.close()
+        await store.close()
+
+
+def backend_configs(settings: Settings) -> list[BackendConfig]:
+    """The configured backends. One on this machine shares our outputs folder; with several of them none does."""
+    local = [backend for backend in settings.comfyui.backends if urlsplit(backend.url).hostname in _LOOPBACK]
+    shared = settings.comfyui.outputs if len(local) == 1 and settings.comfyui.outputs.is_dir() else None
+    return [
+        BackendConfig(name=backend.name, url=backend.url, outputs=shared if backend in local else None)
+        for backend in settings.comfyui.backends
+    ]
+
+
+async def _keep(dispatcher: Dispatcher) -> None:
+    """Run it for ever. A fault of ours must not stop the queue: what was open is reconciled by the next run."""
+    while True:
+        try:
+            await dispatcher.run()
+        except Exception:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            log.exception("dispatcher failed, starting it again", backend=dispatcher.name)
+            await asyncio.sleep(_RESTART_SECONDS)
+
+
+class Readiness:
+    """What `/ready` tells."""
+
+    def __init__(self, workflows: WorkflowManager) -> None:
+        self._workflows = workflows
+
+    def active_tasks(self) -> int:
+        """Tasks come with their own manager; workflows are not tasks."""
+        return 0
+
+    async def ready(self) -> ReadyChecks:
+        """The store is asked, ComfyUI is only remembered."""
+        store: str = "ok"
+        try:
+            await self._workflows.store.first_seq()
+        except StoreUnavailable:
+            store = "failing"
+        up = any(dispatcher.backend.up for dispatcher in self._workflows.dispatchers)
+        return ReadyChecks(
+            store="ok" if store == "ok" else "failing",
+            comfyui="ok" if up else "unreachable",
+            draining=self._workflows.draining,
+        )
+
+
+class Owners:
+    """Who wrote which file, from the record of runs."""
+
+    def __init__(self, store: WorkflowStore) -> None:
+        self._store = store
+
+    async def workflows_of(self, paths: Sequence[str]) -> Mapping[str, OutputOwner]:
+        """The last run that reported each path."""
+        return await self._store.owners(None, paths)
+
+    async def paths_of(self, workflow_id: str) -> Sequence[str]:
+        """What a workflow wrote."""
+        return await self._store.output_paths(workflow_id)

@@ -1,0 +1,166 @@
+"""ComfyUI over HTTP: one typed call for each endpoint we use (PROTOCOL §2), behind one httpx client a backend.
+
+Must never retry: whether a call may be made twice is known to `backend`, not here (POST /prompt is not idempotent).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import httpx
+import msgspec
+from msgspec import Raw, Struct
+
+from managers.comfyui.protocol import HistoryEntry, PromptAccepted, Queue, SystemStats
+from managers.errors import BackendUnavailable
+
+T = TypeVar("T")
+
+_TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+# ComfyUI validates the whole graph before it answers, and a server collecting its garbage stalls (PROTOCOL §9).
+_POST_TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+_OBJECT_INFO_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+
+
+class Rejected(Struct, frozen=True):
+    """ComfyUI refused a prompt; `body` is its JSON answer, or None when it was none."""
+
+    status: int
+    body: Any
+    text: str
+
+
+class Unanswered(Exception):
+    """The request may or may not have arrived: only `locate` can tell (PROTOCOL §6)."""
+
+
+class ComfyUIClient:
+    """The HTTP side of one ComfyUI. Every call raises `BackendUnavailable` when no good answer came."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            timeout=_TIMEOUT,
+            limits=httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=60),
+            # No Origin is sent (PROTOCOL §2 "Origin check"), and a proxy of the environment has no business here.
+            trust_env=False,
+        )
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def post_prompt(
+        self, *, prompt_id: str, client_id: str, graph: bytes, extra_data: bytes | None
+    ) -> PromptAccepted | Rejected:
+        """Queue a prompt under our own id. Raises `Unanswered` when it may have arrived without our knowing,
+        `BackendUnavailable` when it certainly has not.
+        """
+        body = msgspec.json.encode(
+            {
+                "prompt": Raw(graph),
+                "client_id": client_id,
+                "prompt_id": prompt_id,
+                **({"extra_data": Raw(extra_data)} if extra_data else {}),
+            }
+        )
+        try:
+            reply = await self._http.post(
+                "/prompt", content=body, headers={"content-type": "application/json"}, timeout=_POST_TIMEOUT
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
+        except httpx.HTTPError as error:
+            raise Unanswered(_reason(error)) from error
+        if reply.status_code == 200:
+            try:
+                return msgspec.json.decode(reply.content, type=PromptAccepted, strict=False)
+            except msgspec.DecodeError as error:
+                raise Unanswered("the answer to POST /prompt was not understood") from error
+        if reply.status_code >= 500:
+            # A 500 may have queued the entry nevertheless (PROTOCOL §1.10).
+            raise Unanswered(f"POST /prompt answered {reply.status_code}")
+        try:
+            parsed = json.loads(reply.content)
+        except ValueError:
+            parsed = None
+        return Rejected(reply.status_code, parsed, reply.text[:2000])
+
+    async def queue(self) -> Queue:
+        """What runs and what waits there, other people's prompts too."""
+        return await self._get("/queue", Queue)
+
+    async def history(self, prompt_id: str) -> HistoryEntry | None:
+        """The ended prompt, or None (unknown, pending, running, deleted, evicted: all alike)."""
+        found = await self._get(f"/history/{prompt_id}", dict[str, HistoryEntry])
+        return found.get(prompt_id)
+
+    async def delete_pending(self, *prompt_ids: str) -> None:
+        """Take prompts out of the queue; running and unknown ids are ignored there."""
+        await self._post("/queue", {"delete": list(prompt_ids)})
+
+    async def interrupt(self, prompt_id: str) -> None:
+        """Interrupt this prompt if it is the running one. Never without a body: that would hit whatever runs."""
+        await self._post("/interrupt", {"prompt_id": prompt_id})
+
+    async def free(self, *, unload_models: bool = True, free_memory: bool = True) -> None:
+        """Ask for memory back; done by the worker after the running prompt."""
+        await self._post("/free", {"unload_models": unload_models, "free_memory": free_memory})
+
+    async def system_stats(self) -> SystemStats:
+        """Version and devices. An answer is no proof that the worker lives (PROTOCOL §1.9)."""
+        return await self._get("/system_stats", SystemStats)
+
+    async def object_info(self, class_type: str | None = None) -> bytes:
+        """The interfaces of all classes, or of one (`{}` when unknown), as JSON text."""
+        path = (
+            "/object_info" if class_type is None else f"/object_info/{httpx.URL(path=class_type).raw_path.decode()}"
+        )
+        return (await self._answer("GET", path, timeout=_OBJECT_INFO_TIMEOUT)).content
+
+    @asynccontextmanager
+    async def view(
+        self, *, filename: str, subfolder: str, folder: str, headers: dict[str, str], head: bool = False
+    ) -> AsyncIterator[httpx.Response]:
+        """A file through /view, streamed; Range and conditional headers are passed on. Any status is given back."""
+        request = self._http.build_request(
+            "HEAD" if head else "GET",
+            "/view",
+            params={"filename": filename, "subfolder": subfolder, "type": folder},
+            headers=headers,
+        )
+        try:
+            reply = await self._http.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
+        try:
+            yield reply
+        finally:
+            await reply.aclose()
+
+    async def _get(self, path: str, kind: type[T]) -> T:
+        reply = await self._answer("GET", path)
+        try:
+            return msgspec.json.decode(reply.content, type=kind, strict=False)
+        except msgspec.DecodeError as error:
+            raise BackendUnavailable(f"ComfyUI's answer to GET {path.split('/')[1]} was not understood") from error
+
+    async def _post(self, path: str, body: dict[str, Any]) -> None:
+        await self._answer("POST", path, content=msgspec.json.encode(body))
+
+    async def _answer(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        try:
+            reply = await self._http.request(method, path, **kwargs)
+        except httpx.HTTPError as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
+        if reply.status_code != 200:
+            raise BackendUnavailable(f"ComfyUI answered {reply.status_code} to {method} {path}")
+        return reply
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""What happened, numbered and told: the lowest room, which knows nobody above it."""

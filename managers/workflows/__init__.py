@@ -1,0 +1,1 @@
+"""The durable queue: what is accepted, who is next, what became of it."""

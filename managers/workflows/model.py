@@ -1,0 +1,225 @@
+"""A workflow, its states, and the moves between them.
+
+Must never do I/O. The store refuses every move that `MOVES` does not list; nobody else decides what is legal.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+from msgspec import Struct
+
+from managers.events.types import ErrorType, Finding, NodeCounts, Output
+
+
+class Status(StrEnum):
+    """Where a workflow is (CONTRACT 4). The last three are final: a retry is a new workflow."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+FINAL = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
+
+MOVES: dict[Status, frozenset[Status]] = {
+    Status.QUEUED: frozenset({Status.RUNNING, Status.FAILED, Status.CANCELLED}),
+    Status.RUNNING: frozenset({Status.QUEUED, Status.COMPLETED, Status.FAILED, Status.CANCELLED}),
+    Status.COMPLETED: frozenset(),
+    Status.FAILED: frozenset(),
+    Status.CANCELLED: frozenset(),
+}
+
+
+class AttemptState(StrEnum):
+    """Where one posting to ComfyUI is. Open are POSTED and RUNNING: a restart reconciles exactly those."""
+
+    POSTED = "posted"
+    RUNNING = "running"
+    ENDED = "ended"
+    WITHDRAWN = "withdrawn"
+    LOST = "lost"
+
+
+OPEN = frozenset({AttemptState.POSTED, AttemptState.RUNNING})
+
+
+class Priority(StrEnum):
+    """The three classes a client may ask for."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+ANY_BACKEND = "local"
+"""The `gpu` value that every backend serves."""
+
+_STRICT_CLASS_MS = 10**14  # more than any time of day in ms until the year 5138
+
+
+def rank(priority: Priority, created_at: int, aging_seconds: float) -> int:
+    """The place in the queue, smallest first: submit time + 0, A or 2A (CONTRACT 4). Never changes while it waits.
+
+    `created_at` is epoch ms; with `aging_seconds` 0 a class always goes before the next.
+    """
+    step = round(aging_seconds * 1000) if aging_seconds > 0 else _STRICT_CLASS_MS
+    return created_at + step * list(Priority).index(priority)
+
+
+class Workflow(Struct, frozen=True, kw_only=True):
+    """One accepted workflow as it is on disk. Times are epoch ms.
+
+    `number` is the order of acceptance, `attempt` the number of the attempt in hand (0: none was posted yet);
+    `timeout_seconds` counts from execution_start.
+    """
+
+    id: str
+    number: int
+    status: Status
+    priority: Priority
+    gpu: str
+    rank: int
+    created_at: int
+    max_attempts: int
+    timeout_seconds: float
+    attempt: int = 0
+    backend: str | None = None
+    prompt_id: str | None = None
+    start_time: int | None = None
+    completion_time: int | None = None
+    progress: int = 0
+    nodes: NodeCounts = NodeCounts()
+    error: str | None = None
+    error_type: ErrorType | None = None
+    errors: tuple[Finding, ...] = ()
+    outputs: tuple[Output, ...] = ()
+    outputs_reused: bool = False
+    metadata: dict[str, Any] | None = None
+    retry_of: str | None = None
+
+    @property
+    def final(self) -> bool:
+        """Nothing will change it any more."""
+        return self.status in FINAL
+
+
+class NewWorkflow(Struct, frozen=True, kw_only=True):
+    """What a client handed in, checked and ready to be stored.
+
+    `graph` and `extra_data` are JSON text. `failure` is set when the graph can run nowhere: it is stored as failed.
+    """
+
+    id: str
+    graph: bytes
+    priority: Priority
+    gpu: str
+    rank: int
+    created_at: int
+    max_attempts: int
+    timeout_seconds: float
+    extra_data: bytes | None = None
+    metadata: dict[str, Any] | None = None
+    errors: tuple[Finding, ...] = ()
+    failure: str | None = None
+    node_total: int = 0
+    retry_of: str | None = None
+
+
+class IdempotencyKey(Struct, frozen=True):
+    """A client's promise that this is the same request: `scope` holds who asked which route, `body_hash` what."""
+
+    scope: str
+    key: str
+    body_hash: str
+
+
+class Submitted(Struct, frozen=True):
+    """A workflow on disk, and its place when it was accepted. `replayed`: an earlier request had stored it.
+
+    `status` is the status the first reply told, whatever became of it since.
+    """
+
+    workflow: Workflow
+    queue_position: int
+    status: Status
+    replayed: bool = False
+
+
+class Attempt(Struct, frozen=True, kw_only=True):
+    """One posting of a workflow to one ComfyUI. `prompt_id` is on disk before the POST leaves."""
+
+    prompt_id: str
+    workflow_id: str
+    number: int
+    backend: str
+    state: AttemptState
+    created_at: int
+    start_time: int | None = None
+    end_time: int | None = None
+    error: str | None = None
+    error_type: ErrorType | None = None
+
+
+class Claimed(Struct, frozen=True):
+    """A workflow with the attempt just stored for it, or found open after a restart, and what ComfyUI is to run."""
+
+    workflow: Workflow
+    attempt: Attempt
+    graph: bytes
+    extra_data: bytes | None
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """How an attempt ended, for the store. `start_time` fills in a start that nobody saw. Times are epoch ms.
+
+    `progress` is how far it came (0..100), where it did not complete.
+    """
+
+    status: Status
+    start_time: int | None
+    completion_time: int
+    outputs: tuple[Output, ...] = ()
+    outputs_reused: bool = False
+    nodes: NodeCounts | None = None
+    progress: int | None = None
+    error: str | None = None
+    error_type: ErrorType | None = None
+    errors: tuple[Finding, ...] = ()
+    node_id: str | None = None
+    node_type: str | None = None
+
+
+class Filter(Struct, frozen=True, kw_only=True):
+    """Which workflows a list shows; `since` is epoch ms of submission, `cursor` what the page before gave."""
+
+    status: Status | None = None
+    gpu: str | None = None
+    error_type: ErrorType | None = None
+    since: int | None = None
+    limit: int = 50
+    cursor: str | None = None
+
+
+class Page(Struct, frozen=True):
+    """Some workflows, newest first, and where to go on."""
+
+    workflows: tuple[Workflow, ...]
+    next_cursor: str | None
+
+
+class QueueCounts(Struct, frozen=True, kw_only=True):
+    """The queue at a glance; `waiting` by priority, `oldest_created_at` of what waits (epoch ms)."""
+
+    waiting: dict[Priority, int]
+    running: int
+    oldest_created_at: int | None
+    paused: bool
+
+    @property
+    def length(self) -> int:
+        """How many wait."""
+        return sum(self.waiting.values())

@@ -1,0 +1,68 @@
+"""The file behind an output of a run, on this machine or on a backend's, bound to the bytes the run wrote.
+
+Must never serve other bytes under the name of a run: two backends, or one after a clean-up, use the same names again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+from managers.comfyui.backend import Backend, folder_of
+from managers.comfyui.remote_file import RemoteFile, describe_remote
+from managers.errors import Gone, InvalidRequest, NotFound
+from managers.events.types import Output
+from managers.files import OutputFile
+from managers.files.outputs import describe
+from managers.workflows.manager import WorkflowManager
+
+
+class OutputDoor:
+    """Opens outputs of every backend."""
+
+    def __init__(self, workflows: WorkflowManager) -> None:
+        self._workflows = workflows
+
+    async def of_workflow(self, workflow_id: str, n: int) -> Output:
+        """The n-th output of a run, from 0. Raises `NotFound`."""
+        workflow = await self._workflows.store.get(workflow_id)
+        if not 0 <= n < len(workflow.outputs):
+            raise NotFound(f"Workflow {workflow_id} has {len(workflow.outputs)} outputs, so there is no number {n}")
+        return workflow.outputs[n]
+
+    async def open(self, workflow_id: str, output: Output) -> OutputFile | RemoteFile:
+        """The file of an output. Raises `NotFound`, `Gone` when its bytes are others now, `BackendUnavailable`."""
+        workflow = await self._workflows.store.get(workflow_id)
+        path = f"{output.subfolder}/{output.filename}" if output.subfolder else output.filename or ""
+        file = await self._open(self._backend(workflow.backend), path, output.type or "output")
+        if output.etag is not None and file.etag.strip('"') != output.etag:
+            raise Gone("Another run has written this file since: the output of this run is gone")
+        return file
+
+    async def on_backend(self, backend: str | None, path: str, folder: str) -> OutputFile | RemoteFile:
+        """A file below a folder (`output`, `temp`, `input`) of a backend; without one, of the first.
+
+        Raises `NotFound`, `InvalidRequest`, `BackendUnavailable`.
+        """
+        if folder not in ("output", "temp", "input"):
+            raise InvalidRequest("type is output, temp or input")
+        names = [dispatcher.name for dispatcher in self._workflows.dispatchers]
+        if backend is not None and backend not in names:
+            raise InvalidRequest(f"There is no backend named {backend[:64]!r}; known: {', '.join(names)}")
+        return await self._open(self._backend(backend or names[0]), path, folder)
+
+    def _backend(self, name: str | None) -> Backend:
+        for dispatcher in self._workflows.dispatchers:
+            if dispatcher.name == name:
+                return dispatcher.backend
+        raise NotFound(f"The backend {name!r} that ran it is no longer configured")
+
+    async def _open(self, backend: Backend, path: str, folder: str) -> OutputFile | RemoteFile:
+        root = backend.config.outputs
+        if root is not None:
+            with suppress(NotFound):  # our folder may not be the one this ComfyUI writes to: ask it
+                return await asyncio.to_thread(describe, folder_of(root, folder), path)
+        subfolder, _, name = path.rpartition("/")
+        if ".." in path.split("/") or "\0" in path or path.startswith("/"):
+            raise NotFound("Output not found")
+        return await describe_remote(backend.client, name=name, subfolder=subfolder, folder=folder)

@@ -1,0 +1,143 @@
+"""Every SQL statement of the embedded store, by name.
+
+Must never be built from what a client sent: values go in as parameters.
+"""
+
+# ruff: noqa: S608 - the pieces are constants of this file
+from __future__ import annotations
+
+_OUTPUTS = "(SELECT group_concat(data, ',') FROM (SELECT data FROM output WHERE workflow = w.number ORDER BY n))"
+
+_WORKFLOW = (
+    "w.id, w.number, w.status, w.priority, w.gpu, w.rank, w.created_at, w.max_attempts, w.timeout_seconds, w.attempt,"
+    " w.backend, w.prompt_id, w.start_time, w.completion_time, w.progress, w.node_total, w.node_done, w.node_cached,"
+    f" w.error, w.error_type, w.errors, w.outputs_reused, w.metadata, w.retry_of, {_OUTPUTS}"
+)
+WORKFLOW_WIDTH = 25
+
+_ATTEMPT = (
+    "a.prompt_id, w.id, a.number, a.backend, a.state, a.created_at, a.start_time, a.end_time, a.error, a.error_type"
+)
+ATTEMPT_WIDTH = 10
+
+_OPEN = "a.state IN ('posted', 'running')"
+
+# ---- writing
+
+INSERT_WORKFLOWS = (
+    "INSERT INTO workflow (number, id, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds,"
+    " completion_time, node_total, error, error_type, errors, metadata, retry_of) VALUES "
+)
+INSERT_GRAPHS = "INSERT INTO workflow_graph (workflow, graph, extra_data) VALUES "
+INSERT_EVENTS = "INSERT INTO event (seq, type, workflow, workflow_id, created_at, data) VALUES "
+INSERT_OUTPUTS = "INSERT INTO output (workflow, n, backend, node_id, kind, type, path, size, data) VALUES "
+
+# Compare-and-set on (status, attempt): whoever comes too late changes no row.
+UPDATE_WORKFLOW = (
+    "UPDATE workflow SET status = ?, priority = ?, rank = ?, attempt = ?, backend = ?, prompt_id = ?, start_time = ?,"
+    " completion_time = ?, progress = ?, node_total = ?, node_done = ?, node_cached = ?, error = ?, error_type = ?,"
+    " errors = ?, outputs_reused = ? WHERE number = ? AND status = ? AND attempt = ?"
+)
+UPDATE_RANK = "UPDATE workflow SET rank = ? WHERE number = ?"
+
+INSERT_ATTEMPT = (
+    "INSERT INTO attempt (prompt_id, workflow, number, backend, state, created_at) VALUES (?, ?, ?, ?, ?, ?)"
+)
+UPDATE_ATTEMPT = (
+    "UPDATE attempt SET state = ?, start_time = ?, end_time = ?, error = ?, error_type = ?"
+    " WHERE prompt_id = ? AND state = ?"
+)
+
+INSERT_IDEMPOTENCY = (
+    "INSERT OR REPLACE INTO idempotency (scope, key, body_hash, workflow, queue_position, status, created_at)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?)"
+)
+FIND_IDEMPOTENCY = (
+    "SELECT body_hash, workflow, queue_position, status FROM idempotency"
+    " WHERE scope = ? AND key = ? AND created_at > ?"
+)
+PRUNE_IDEMPOTENCY = (
+    "DELETE FROM idempotency WHERE (scope, key) IN"
+    " (SELECT scope, key FROM idempotency WHERE created_at <= ? ORDER BY created_at LIMIT ?)"
+)
+
+GET_SETTING = "SELECT value FROM setting WHERE name = ?"
+SET_SETTING = "INSERT OR REPLACE INTO setting (name, value) VALUES (?, ?)"
+
+# The newest workflow and event always stay: their numbers are where counting goes on after a restart.
+OLD_WORKFLOWS = (
+    "SELECT number FROM workflow WHERE completion_time < ? AND number < (SELECT max(number) FROM workflow)"
+    f" AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.workflow = workflow.number AND {_OPEN})"
+    " ORDER BY completion_time LIMIT ?"
+)
+PRUNE_WORKFLOWS = tuple(
+    f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))"
+    f"{' AND seq < (SELECT max(seq) FROM event)' if table == 'event' else ''}"
+    for table, column in (
+        ("workflow_graph", "workflow"),
+        ("attempt", "workflow"),
+        ("output", "workflow"),
+        ("idempotency", "workflow"),
+        ("event", "workflow"),
+        ("workflow", "number"),
+    )
+)
+PRUNE_EVENTS = (
+    "DELETE FROM event WHERE seq IN (SELECT seq FROM (SELECT seq, created_at FROM event ORDER BY seq LIMIT ?)"
+    " WHERE created_at < ?) AND seq < (SELECT max(seq) FROM event)"
+)
+
+# ---- reading
+
+LAST_NUMBER = "SELECT coalesce(max(number), 0) FROM workflow"
+LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM event"
+FIRST_SEQ = "SELECT min(seq) FROM event"
+LIVE = (
+    "SELECT number, id, status, priority, gpu, rank, created_at FROM workflow WHERE status IN ('queued', 'running')"
+)
+HELD = f"SELECT DISTINCT w.id FROM attempt a JOIN workflow w ON w.number = a.workflow WHERE {_OPEN}"
+
+GET_STATUS = "SELECT status FROM workflow WHERE id = ?"
+GET_NUMBER = "SELECT number FROM workflow WHERE id = ?"
+GET_WORKFLOW = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.id = ?"
+GET_WORKFLOW_BY_NUMBER = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.number = ?"
+GET_WORKFLOWS = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.id IN (SELECT value FROM json_each(?)) ORDER BY w.number"
+GET_RUNNING = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.status = 'running' ORDER BY w.number"
+GET_GRAPH = (
+    "SELECT g.graph, g.extra_data FROM workflow w JOIN workflow_graph g ON g.workflow = w.number WHERE w.id = ?"
+)
+
+LIST_WORKFLOWS = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.number < :before"
+LIST_BY_STATUS = " AND w.status = :status"
+LIST_BY_GPU = " AND w.gpu = :gpu"
+LIST_BY_ERROR_TYPE = " AND w.error_type = :error_type"
+LIST_SINCE = " AND w.created_at >= :since"
+LIST_ORDER = " ORDER BY w.number DESC LIMIT :limit"
+
+GET_ATTEMPT = (
+    f"SELECT {_ATTEMPT}, {_WORKFLOW} FROM attempt a JOIN workflow w ON w.number = a.workflow WHERE a.prompt_id = ?"
+)
+GET_ATTEMPTS = (
+    f"SELECT {_ATTEMPT} FROM attempt a JOIN workflow w ON w.number = a.workflow WHERE w.id = ? ORDER BY a.id"
+)
+OPEN_ATTEMPTS = (
+    f"SELECT {_ATTEMPT}, {_WORKFLOW}, g.graph, g.extra_data FROM attempt a JOIN workflow w ON w.number = a.workflow"
+    f" JOIN workflow_graph g ON g.workflow = a.workflow WHERE {_OPEN} AND (?1 IS NULL OR a.backend = ?1)"
+    " ORDER BY a.id"
+)
+
+EVENTS_AFTER = "SELECT seq, type, workflow_id, data FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
+EVENTS_OF = (
+    "SELECT e.seq, e.type, e.workflow_id, e.data FROM workflow w JOIN event e ON e.workflow = w.number"
+    " WHERE w.id = ? AND e.seq > ? ORDER BY e.seq"
+)
+
+OWNERS = (
+    "SELECT o.path, w.id, o.node_id FROM output o JOIN workflow w ON w.number = o.workflow WHERE o.id IN"
+    " (SELECT (SELECT max(x.id) FROM output x WHERE x.type = 'output' AND x.path = p.value"
+    " AND (?1 IS NULL OR x.backend = ?1)) FROM json_each(?2) p)"
+)
+OUTPUT_PATHS = (
+    "SELECT o.path FROM workflow w JOIN output o ON o.workflow = w.number"
+    " WHERE w.id = ? AND o.type = 'output' AND o.path IS NOT NULL ORDER BY o.n"
+)

@@ -1,0 +1,1 @@
+"""Prometheus: reads events and snapshots. Nobody calls it to count."""

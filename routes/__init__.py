@@ -1,0 +1,1 @@
+"""The doors: decode, call one manager, encode. No rule lives here."""

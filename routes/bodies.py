@@ -1,0 +1,81 @@
+"""JSON bodies into Structs, with an error that points at the place (CONTRACT 2).
+
+Must never let a decoder's own error out: everything that is wrong with a body is `InvalidRequest`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request
+from litestar.exceptions import HTTPException
+
+from managers.errors import InvalidRequest
+from managers.events.types import Finding
+
+T = TypeVar("T")
+
+_PLACE = re.compile(r"(?P<message>.*) - at `(?P<key>key in )?\$?(?P<path>.*)`$", re.DOTALL)
+_STEP = re.compile(r"\.(?P<name>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
+_MISSING = re.compile(r"missing required field `(?P<name>.+)`$")
+_ANYTHING: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+
+
+class JsonRequest(Request[Any, Any, Any]):
+    """For `Litestar(request_class=)`: bodies that Litestar decodes go the same way, and fail the same way."""
+
+    async def json(self) -> Any:
+        """The body, decoded. Raises `InvalidRequest`."""
+        return decode_json(await self.body(), _ANYTHING)
+
+
+async def read_json(request: Request[Any, Any, Any], decoder: msgspec.json.Decoder[T]) -> T:
+    """The body of this request, decoded. 415 for a body of another type; raises `InvalidRequest`."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise HTTPException(status_code=415, detail=f"Send application/json, not {kind[:80]}")
+    return decode_json(await request.body(), decoder)
+
+
+def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """Bytes to a value of the decoder's type. Raises `InvalidRequest` with one finding."""
+    try:
+        body.decode()  # msgspec leaves the text inside a `Raw` unread
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(*_at(str(error))) from None
+    except msgspec.DecodeError as error:
+        message = f"The body is not valid JSON: {error}"
+    except UnicodeDecodeError:
+        message = "The body is not valid UTF-8"
+    except RecursionError:
+        message = "The body is nested too deeply"
+    raise InvalidRequest(message, [Finding(code="invalid_json", message=message)])
+
+
+def pointer(path: str) -> str:
+    """msgspec's `.a[2].b` as a JSON pointer (RFC 6901); it ends where msgspec does not name a key (`[...]`)."""
+    steps: list[str] = []
+    for step in _STEP.finditer(path):
+        if step["index"] == "...":
+            break
+        name = step["name"] or step["index"]
+        steps.append("/" + name.replace("~", "~0").replace("/", "~1"))
+    return "".join(steps)
+
+
+def finding(message: str, where: str) -> Finding:
+    """One finding in msgspec's words; `where` is a pointer to the place, or to the object that lacks a field."""
+    missing = _MISSING.search(message)
+    if missing:
+        return Finding(code="required", message=message, pointer=f"{where}/{missing['name']}")
+    return Finding(code="invalid_value", message=message, pointer=where)
+
+
+def _at(text: str) -> tuple[str, list[Finding]]:
+    place = _PLACE.match(text)
+    found = finding(place["message"], pointer(place["path"])) if place else finding(text, "")
+    start = f"{found.pointer}: " if found.pointer else "The body is not what was expected: "
+    return start + found.message, [found]

@@ -1,0 +1,1 @@
+"""Replays recorded conversations with a real ComfyUI against a server and compares what comes back."""
