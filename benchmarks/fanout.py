@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any, cast
 
 import msgspec
@@ -39,7 +38,7 @@ from managers.workflows.sqlite_store import SqliteStore
 from routes.stream import Streams, stream_routes
 
 SOCKETS = 500
-ROUNDS, EVENTS = 6, 30
+ROUNDS, EVENTS = 15, 12
 PACED_EVENTS, PER_SECOND = 60, 20
 PATH = "/v1/comfyui/stream"
 FAST, PLAIN, LIBRARY = "service, whole frames", "service, plain ASGI", "websockets broadcast"
@@ -272,10 +271,10 @@ async def _measure(folder: Path) -> list[Row]:
             for name, publish in publishers.items():
                 cpu[name].append(await cpu_a_frame(publish, peers[name]))
         delays = {name: await paced(publish, peers[name]) for name, publish in publishers.items()}
-        costs = {name: median(values[1:]) for name, values in cpu.items()}  # the first round warms up
+        costs = {name: min(values) for name, values in cpu.items()}  # the round that others disturbed least
         async with reader_that_stops(fast_port, hub):
             with_it = f"{FAST}, one reader stopped"
-            costs[with_it] = median([await cpu_a_frame(fast, peers[FAST]) for _ in range(ROUNDS)])
+            costs[with_it] = min([await cpu_a_frame(fast, peers[FAST]) for _ in range(ROUNDS)])
             delays[with_it] = await paced(fast, peers[FAST])
         return [Row(name, cost, cost / costs[LIBRARY], *delays[name]) for name, cost in costs.items()]
 

@@ -33,9 +33,9 @@ DESCRIPTION = """A durable priority queue with REST, live events and metrics in 
 Send the key as `X-API-Key: <key>` or `Authorization: Bearer <key>` (the *Authorize* button). Errors are problem
 details (RFC 9457). Times are epoch milliseconds unless they say otherwise."""
 
-# Swagger UI sets style attributes on elements it builds, hence 'unsafe-inline' for styles; scripts need the nonce.
+# Swagger UI needs neither inline scripts nor inline styles (looked at in Chromium, every operation open and tried).
 _PAGE_POLICY = (
-    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE = f"""<!DOCTYPE html>

@@ -82,6 +82,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         new_id=new_id,
     )
     await store.open(workflows.committed)
+    backends = backend_configs(settings)
     dispatchers = [
         Dispatcher(
             DispatcherConfig(backend=backend, prefetch=settings.comfyui.prefetch),
@@ -93,7 +94,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
             new_id=new_id,
             client_id=await store.client_id(backend.name),
         )
-        for backend in backend_configs(settings)
+        for backend in backends
     ]
     workflows.attach(dispatchers)
     tickets = Tickets(clock)
@@ -101,11 +102,9 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
     files = Files(
         FilesConfig(
             outputs=settings.comfyui.outputs,
-            models={
-                name: getattr(settings.comfyui.models, name) for name in settings.comfyui.models.__struct_fields__
-            },
+            models={kind: getattr(settings.comfyui.models, kind) for kind in MODEL_TYPES},
         ),
-        Owners(store),
+        Owners(store, next((backend.name for backend in backends if backend.outputs), None)),
     )
     services = Services(
         service=ServiceInfo(
@@ -124,7 +123,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
             origins=settings.api.cors_allowed_origins,
         ),
         files=files,
-        output_door=OutputDoor(workflows),
+        output_door=OutputDoor(store, [dispatcher.backend for dispatcher in dispatchers]),
     )
     work = [
         asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers
@@ -191,14 +190,15 @@ class Readiness:
 
 
 class Owners:
-    """Who wrote which file, from the record of runs."""
+    """Who wrote which file of our outputs folder, from the record of runs on the `backend` that shares it."""
 
-    def __init__(self, store: WorkflowStore) -> None:
+    def __init__(self, store: WorkflowStore, backend: str | None) -> None:
         self._store = store
+        self._backend = backend
 
     async def workflows_of(self, paths: Sequence[str]) -> Mapping[str, OutputOwner]:
         """The last run that reported each path."""
-        return await self._store.owners(None, paths)
+        return await self._store.owners(self._backend, paths)
 
     async def paths_of(self, workflow_id: str) -> Sequence[str]:
         """What a workflow wrote."""

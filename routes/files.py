@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote, unquote
 
 from litestar import Request, delete, get, route
 from litestar.di import NamedDependency
 from litestar.enums import HttpMethod
 from litestar.openapi.datastructures import ResponseSpec
-from litestar.params import PathParameter, QueryParameter
+from litestar.params import FromPath, PathParameter, QueryParameter
 from litestar.response.base import ASGIResponse
 from msgspec import UNSET, Struct, UnsetType
 
+from managers.comfyui.remote_file import RemoteFile
 from managers.errors import NotFound
-from managers.files import Files, Model, ModelType, OutputEntry, OutputFile, read
+from managers.files import Files, Model, ModelType, OutputEntry, OutputFile, media_of, read
+from managers.workflows.outputs import OutputDoor
+from routes.ids import known
 from routes.problems import PROBLEM_JSON, Problem, documented, problems
 from routes.ranged import content_disposition, ranged_response
 
@@ -155,10 +158,47 @@ async def list_outputs(
 async def read_output(
     request: Request[Any, Any, Any],
     files: NamedDependency[Files],
+    output_door: NamedDependency[OutputDoor],
     path: Annotated[str, PathParameter(description="`subfolder/filename`.")],  # noqa: ARG001 -- see _asked
+    backend: Annotated[str | None, QueryParameter(description="The backend whose folder is meant.")] = None,
+    type_: Annotated[
+        Literal["output", "temp", "input"] | None, QueryParameter(name="type", description="Which of its folders.")
+    ] = None,
 ) -> ASGIResponse:
     """GET and HEAD /v1/comfyui/output/{path}."""
-    return file_response(request, await files.open_output(_asked(request)))
+    if backend is None and type_ in (None, "output"):
+        return file_response(request, await files.open_output(_asked(request)))
+    return file_response(request, await output_door.on_backend(backend, _asked(request), type_ or "output"))
+
+
+@route(
+    "/v1/comfyui/workflow/{workflow_id:str}/outputs/{n:int}",
+    http_method=[HttpMethod.GET, HttpMethod.HEAD],
+    tags=["workflows"],
+    summary="Read an output of a workflow",
+    description=(
+        "The bytes that this run wrote, from the folder on this machine or through the backend's /view. When another "
+        "run has written the same name since, the answer is 410. A text output comes as text/plain."
+    ),
+    responses={
+        200: _bytes("The whole file."),
+        206: _bytes("The range asked for."),
+        304: ResponseSpec(None, description="The client's copy is still good."),
+        416: _refusal("The range lies outside the file; `Content-Range: bytes */<size>` tells its size."),
+        **problems(404, 410, 503),
+    },
+)
+async def read_workflow_output(
+    request: Request[Any, Any, Any],
+    output_door: NamedDependency[OutputDoor],
+    workflow_id: FromPath[str],
+    n: FromPath[int],
+) -> ASGIResponse:
+    """GET and HEAD /v1/comfyui/workflow/{id}/outputs/{n}."""
+    output = await output_door.of_workflow(known(workflow_id), n)
+    if output.text is not None:
+        return ASGIResponse(body=output.text.encode(), media_type="text/plain; charset=utf-8")
+    return file_response(request, await output_door.open(workflow_id, output))
 
 
 @delete(
@@ -177,16 +217,16 @@ async def delete_output(
     await files.delete_output(_asked(request))
 
 
-files_routes = [list_models, list_outputs, read_output, delete_output]
+files_routes = [list_models, list_outputs, read_output, read_workflow_output, delete_output]
 
 
-def file_response(request: Request[Any, Any, Any], file: OutputFile) -> ASGIResponse:
-    """Answer a GET or HEAD with this file, in whole or in part."""
-    media = file.media
+def file_response(request: Request[Any, Any, Any], file: OutputFile | RemoteFile) -> ASGIResponse:
+    """Answer a GET or HEAD with this file, in whole or in part, wherever it lies."""
+    media = media_of(file.name)
     return ranged_response(
         request.scope,
         request.headers,
-        partial(read, file),
+        file.read if isinstance(file, RemoteFile) else partial(read, file),
         size=file.size,
         etag=file.etag,
         modified_at=file.modified_at,

@@ -202,26 +202,31 @@ class AsgiWriter:
         self._pump.cancel()
 
     async def _run(self) -> None:
+        now = asyncio.get_running_loop().time
         try:
-            while self._waiting or not self._finishing:
-                while self._waiting:
-                    await self._send_one(self._waiting[0])
-                    self._waiting.popleft()
-                    if len(self._waiting) == _MAX_WAITING - 1:
-                        self._on_ready()
-                self._wake.clear()
-                if not self._finishing:
-                    await self._wake.wait()
+            async with asyncio.timeout(None) as deadline:
+                while self._waiting or not self._finishing:
+                    while self._waiting:
+                        deadline.reschedule(now() + self._stall_seconds)
+                        await self._send(_message(self._waiting[0]))
+                        self._waiting.popleft()
+                        if len(self._waiting) == _MAX_WAITING - 1:
+                            self._on_ready()
+                    deadline.reschedule(None)
+                    self._wake.clear()
+                    if not self._finishing:
+                        await self._wake.wait()
         except TimeoutError:
             self._end(1013, "Too slow: connect again and ask for what was missed with since")
         except (OSError, WebSocketDisconnect):
             self._end(0, "")
 
-    async def _send_one(self, packet: Packet) -> None:
-        body: dict[str, Any] = {"bytes": packet.payload} if packet.binary else {"text": packet.text}
-        async with asyncio.timeout(self._stall_seconds):
-            await self._send({"type": "websocket.send", **body})
-
     def _end(self, code: int, reason: str) -> None:
         self._lost = True
         self._on_end(code, reason)
+
+
+def _message(packet: Packet) -> dict[str, Any]:
+    if packet.binary:
+        return {"type": "websocket.send", "bytes": packet.payload}
+    return {"type": "websocket.send", "text": packet.text}

@@ -20,15 +20,14 @@ from managers.workflows.manager import DryRun, Page, Submission, WorkflowManager
 from managers.workflows.model import ANY_BACKEND, Filter, IdempotencyKey, Priority, Status, Submitted
 from managers.workflows.views import WorkflowView
 from routes.bodies import read_json
+from routes.ids import UUID, known
 from routes.problems import documented, problems
 from routes.sse import event_stream
 
 PATH = "/v1/comfyui/workflow"
 _MAX_WAIT_SECONDS = 300
 _MAX_METADATA_BYTES = 4096
-_UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
-
-WorkflowId = Annotated[str, Meta(pattern=_UUID)]
+WorkflowId = Annotated[str, Meta(pattern=UUID)]
 
 
 class SubmitRequest(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -110,7 +109,6 @@ def preferences(header: str | None) -> Preferences:
 
 _submit = msgspec.json.Decoder(SubmitRequest)
 _priority = msgspec.json.Decoder(PriorityRequest)
-_is_uuid = re.compile(_UUID).fullmatch
 
 _EXAMPLE_ID = "3f0c6f1e-4d3b-4d55-9f6a-0d6f2a3c9b11"
 _EXAMPLE_GRAPH = {
@@ -336,13 +334,6 @@ async def pause_queue(workflows: NamedDependency[WorkflowManager], action: FromP
         raise NotFound("There is only queue/pause and queue/resume")
     counts = await workflows.set_paused(action == "pause")
     return QueueReply(counts.length, counts.running, counts.paused)
-
-
-def known(workflow_id: str) -> str:
-    """The id, if it can be one. Raises `NotFound`: what is no UUID names no workflow (CONTRACT 2)."""
-    if not _is_uuid(workflow_id):
-        raise NotFound(f"Workflow {workflow_id[:64]!r} not found: an id is a lower-case UUID")
-    return workflow_id
 
 
 def _submission(body: SubmitRequest) -> Submission:

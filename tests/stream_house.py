@@ -206,10 +206,10 @@ async def settled(socket: ClientConnection) -> list[Any]:
     return (await until(socket, "pong"))[:-1]
 
 
-def small_socket(port: int) -> socket.socket:
-    """A connected socket with a small receive buffer, for a client that is going to stop reading."""
+def small_socket(port: int, size: int = 4096) -> socket.socket:
+    """A connected socket with a small receive buffer, for a client that is going to stop reading, or reads slowly."""
     raw = socket.socket()
-    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
     raw.connect(("127.0.0.1", port))
     raw.setblocking(False)
     return raw

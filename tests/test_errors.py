@@ -26,7 +26,7 @@ from managers.errors import (
     QueueFull,
 )
 from managers.events.types import Finding
-from routes.bodies import read_json
+from routes.bodies import decode_json, read_json
 from tests.serving import KEY, Log, Server, Service, StartServer, StartService
 
 MEMBERS = {"type", "title", "status", "detail", "instance", "requestId", "error", "message", "statusCode"}
@@ -179,6 +179,13 @@ async def test_a_bad_body_is_400(service: Service, path: str, log: Log) -> None:
             assert len(problem["errors"]) == 1
             assert problem["errors"][0]["code"] in {"invalid_json", "invalid_value", "required"}
     assert not [line for line in log.lines() if line["level"] == "error"]
+
+
+def test_raw_parts_are_looked_at_too() -> None:
+    decoder = msgspec.json.Decoder(msgspec.Raw)
+    for name in ("invalid utf-8", "NaN", "deep", "lone surrogate", "cut off"):
+        with pytest.raises(InvalidRequest):
+            decode_json(BAD_BODIES[name], decoder)
 
 
 async def test_duplicate_and_unknown_keys_are_fine(service: Service) -> None:

@@ -19,7 +19,10 @@ from litestar.di import Provide
 from msgspec import Struct
 
 from management_api.errors import exception_handlers
+from managers.clock import SystemClock, new_id
 from managers.files import Files, FilesConfig, OutputOwner
+from managers.workflows.outputs import OutputDoor
+from managers.workflows.sqlite_store import SqliteStore
 from routes.files import files_routes
 from routes.ranged import RangedResponse, content_disposition, plan
 
@@ -57,9 +60,13 @@ def outputs(tmp_path: Path) -> Path:
 def app(outputs: Path, tmp_path: Path) -> Iterator[Litestar]:
     record = Record({"jobs/7/new.png": Owner("w-1", "9"), "b.png": Owner("w-2")})
     files = Files(FilesConfig(outputs=outputs, models={"loras": tmp_path / "loras"}), record)
+    door = OutputDoor(SqliteStore(tmp_path / "data", clock=SystemClock(), ids=new_id, aging_seconds=600), [])
     yield Litestar(
         files_routes,
-        dependencies={"files": Provide(lambda: files, sync_to_thread=False)},
+        dependencies={
+            "files": Provide(lambda: files, sync_to_thread=False),
+            "output_door": Provide(lambda: door, sync_to_thread=False),
+        },
         exception_handlers=exception_handlers(),
         logging_config=None,
     )
@@ -357,7 +364,7 @@ def test_the_documentation_tells_every_reply(app: Litestar) -> None:
     read = paths[OUTPUT + "{path}"]["get"]
     assert {"200", "206", "304", "404", "410", "412", "416", "503"} <= set(read["responses"])
     assert set(paths[OUTPUT + "{path}"]) >= {"get", "head", "delete"}
-    assert [parameter["name"] for parameter in read["parameters"]] == ["path"]
+    assert [parameter["name"] for parameter in read["parameters"]] == ["path", "backend", "type"]
     listed = {parameter["name"]: parameter for parameter in paths[OUTPUTS]["get"]["parameters"]}
     assert set(listed) == {"workflowId", "limit", "cursor"}
     assert listed["limit"]["schema"]["maximum"] == 1000

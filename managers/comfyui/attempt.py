@@ -29,8 +29,8 @@ from managers.comfyui.protocol import (
     PreviewFrame,
     end_of,
 )
-from managers.comfyui.tracker import GraphNode, Tracker
 from managers.comfyui.rejection import findings_from_rejection, scrub
+from managers.comfyui.tracker import GraphNode, Tracker
 from managers.errors import BackendUnavailable
 from managers.events.types import ErrorType, Event, Finding, LiveEvent, NodeCounts, Output, Preview
 
@@ -235,7 +235,7 @@ class AttemptRun:
             await self._backend.client.delete_pending(answer.prompt_id)
             return Verdict(
                 result=Result.FAILED,
-                error="This ComfyUI gives prompts ids of its own, so they could not be found again; use 0.3.45 or newer",
+                error="This ComfyUI gives prompts ids of its own, so none could be found again: use 0.3.45 or newer",
                 error_type="backend",
             )
         if answer.node_errors:

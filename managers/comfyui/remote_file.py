@@ -18,7 +18,7 @@ _CHUNK = 256 * 1024
 
 
 class RemoteFile(Struct, frozen=True, kw_only=True):
-    """What /view said of a file a moment ago. `size` in bytes, `etag` with its quotes, `modified_at` epoch seconds."""
+    """What /view said of a file just now. `size` in bytes, `etag` with its quotes, `modified_at` epoch seconds."""
 
     client: ComfyUIClient
     name: str
@@ -29,7 +29,7 @@ class RemoteFile(Struct, frozen=True, kw_only=True):
     modified_at: int
 
     async def read(self, start: int, length: int) -> AsyncGenerator[bytes, None]:
-        """Yield `length` bytes from `start`. Raises `Gone` when it is no longer the same file, `BackendUnavailable`."""
+        """Yield `length` bytes from `start`. Raises `Gone` when it is another file now, `BackendUnavailable`."""
         headers = {"range": f"bytes={start}-{start + length - 1}"}
         async with self.client.view(
             filename=self.name, subfolder=self.subfolder, folder=self.folder, headers=headers

@@ -160,7 +160,8 @@ class WorkflowManager:
     ) -> Submitted:
         """Check and store.
 
-        Raises `InvalidRequest`, `InvalidWorkflow` (strict), `Conflict`, `IdempotencyMismatch`, `QueueFull`, `Draining`.
+        Raises `InvalidRequest`, `InvalidWorkflow` (strict), `Conflict`, `IdempotencyMismatch`, `QueueFull`,
+        `Draining`.
         """
         if self._draining:
             raise Draining("The service is about to stop and takes no new work")

@@ -6,6 +6,7 @@ Must never serve other bytes under the name of a run: two backends, or one after
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 
 from managers.comfyui.backend import Backend, folder_of
@@ -14,25 +15,26 @@ from managers.errors import Gone, InvalidRequest, NotFound
 from managers.events.types import Output
 from managers.files import OutputFile
 from managers.files.outputs import describe
-from managers.workflows.manager import WorkflowManager
+from managers.workflows.store import WorkflowStore
 
 
 class OutputDoor:
     """Opens outputs of every backend."""
 
-    def __init__(self, workflows: WorkflowManager) -> None:
-        self._workflows = workflows
+    def __init__(self, store: WorkflowStore, backends: Sequence[Backend]) -> None:
+        self._store = store
+        self._backends = {backend.name: backend for backend in backends}
 
     async def of_workflow(self, workflow_id: str, n: int) -> Output:
         """The n-th output of a run, from 0. Raises `NotFound`."""
-        workflow = await self._workflows.store.get(workflow_id)
+        workflow = await self._store.get(workflow_id)
         if not 0 <= n < len(workflow.outputs):
             raise NotFound(f"Workflow {workflow_id} has {len(workflow.outputs)} outputs, so there is no number {n}")
         return workflow.outputs[n]
 
     async def open(self, workflow_id: str, output: Output) -> OutputFile | RemoteFile:
         """The file of an output. Raises `NotFound`, `Gone` when its bytes are others now, `BackendUnavailable`."""
-        workflow = await self._workflows.store.get(workflow_id)
+        workflow = await self._store.get(workflow_id)
         path = f"{output.subfolder}/{output.filename}" if output.subfolder else output.filename or ""
         file = await self._open(self._backend(workflow.backend), path, output.type or "output")
         if output.etag is not None and file.etag.strip('"') != output.etag:
@@ -46,16 +48,14 @@ class OutputDoor:
         """
         if folder not in ("output", "temp", "input"):
             raise InvalidRequest("type is output, temp or input")
-        names = [dispatcher.name for dispatcher in self._workflows.dispatchers]
-        if backend is not None and backend not in names:
-            raise InvalidRequest(f"There is no backend named {backend[:64]!r}; known: {', '.join(names)}")
-        return await self._open(self._backend(backend or names[0]), path, folder)
+        if backend is not None and backend not in self._backends:
+            raise InvalidRequest(f"There is no backend named {backend[:64]!r}; known: {', '.join(self._backends)}")
+        return await self._open(self._backend(backend or next(iter(self._backends))), path, folder)
 
     def _backend(self, name: str | None) -> Backend:
-        for dispatcher in self._workflows.dispatchers:
-            if dispatcher.name == name:
-                return dispatcher.backend
-        raise NotFound(f"The backend {name!r} that ran it is no longer configured")
+        if name not in self._backends:
+            raise NotFound(f"The backend {name!r} that ran it is no longer configured")
+        return self._backends[name]
 
     async def _open(self, backend: Backend, path: str, folder: str) -> OutputFile | RemoteFile:
         root = backend.config.outputs
