@@ -225,10 +225,10 @@ def _add_errors(operation: dict[str, Any], path: str, method: str) -> None:
                     }
                 },
             }
-    for status, reply in replies.items():
+    for code, reply in replies.items():
         media = reply.get("content", {}).get(PROBLEM_JSON)
         if media is not None and "examples" not in media:
-            media.setdefault("example", example_problem(int(status), path))
+            media.setdefault("example", example_problem(int(code), path))
     operation["responses"] = dict(sorted(replies.items()))
 
 

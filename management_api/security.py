@@ -90,5 +90,8 @@ class Authenticator:
     def _ticket(self, query: bytes) -> bool:
         if self._check_ticket is None or b"ticket=" not in query:
             return False
-        tickets = parse_qs(query.decode("latin-1"), max_num_fields=100).get("ticket", [])
+        try:
+            tickets = parse_qs(query.decode("latin-1"), max_num_fields=100).get("ticket", [])
+        except ValueError:  # more fields than anybody needs
+            return False
         return len(tickets) == 1 and self._check_ticket(tickets[0])

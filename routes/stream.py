@@ -78,6 +78,13 @@ async def stream(socket: WebSocket[Any, Any, Any], streams: NamedDependency[Stre
     try:
         async with asyncio.TaskGroup() as tasks:
             writer, pump = _writer(socket, streams.config.stall_seconds, tasks)
+
+            async def say_goodbye(end: End) -> None:
+                if pump is not None:
+                    await pump.finish(streams.config.close_seconds)
+                if end.code:
+                    await _close(socket, end, streams.config.close_seconds)
+
             session = StreamSession(
                 hub=streams.hub,
                 log=streams.log,
@@ -87,14 +94,10 @@ async def stream(socket: WebSocket[Any, Any, Any], streams: NamedDependency[Stre
                 writer=writer,
                 since=since,
             )
-            end = await session.run(_receiver(socket))
-            if pump is not None:
-                await pump.finish(streams.config.close_seconds)
-    except* Exception as errors:  # noqa: BLE001 - the framework would swallow them and close with 4500
+            await session.run(_receiver(socket), say_goodbye)
+    except* Exception as errors:  # noqa: BLE001 - the framework would close with 4500 and say nothing
         _log.error("stream failed", exc_info=errors)
-        end = End(1011, "Internal error")
-    if end.code:
-        await _close(socket, end, streams.config.close_seconds)
+        await _close(socket, End(1011, "Internal error"), streams.config.close_seconds)
     return None
 
 

@@ -161,11 +161,11 @@ async def open_house(
             "ws_max_size": 2**20,
             "timeout_graceful_shutdown": 5,
         }
-        config = uvicorn.Config(cast("Any", house.app()), lifespan="off", log_level="critical", **(options | server))
+        served = uvicorn.Config(cast("Any", house.app()), lifespan="off", log_level="critical", **(options | server))
         # What `serve` does, without its ticks of 0.1 s.
-        config.load()
-        house.server = uvicorn.Server(config)
-        house.server.lifespan = config.lifespan_class(config)
+        served.load()
+        house.server = uvicorn.Server(served)
+        house.server.lifespan = served.lifespan_class(served)
         await house.server.startup(sockets=[listener])
         try:
             yield house

@@ -4,6 +4,7 @@ import hashlib
 import io
 import mimetypes
 import os
+from email.utils import formatdate
 from pathlib import Path
 from typing import Final
 
@@ -46,7 +47,13 @@ def view(request: Request, folders: Folders) -> Reply:
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     kind = "application/octet-stream" if kind in _NEVER_SHOWN else kind
     data = path.read_bytes()
-    headers = (disposition, (b"accept-ranges", b"bytes"))
+    facts = path.stat()
+    headers = (
+        disposition,
+        (b"accept-ranges", b"bytes"),
+        (b"etag", f'"{facts.st_mtime_ns:x}-{facts.st_size:x}"'.encode()),
+        (b"last-modified", formatdate(facts.st_mtime, usegmt=True).encode()),
+    )
     span = _range(request.headers.get(b"range", b""), len(data))
     if span is None:
         return Reply(200, data, kind, headers)

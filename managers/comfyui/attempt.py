@@ -422,7 +422,7 @@ class AttemptRun:
                 verdict, result=Result.CANCELLED, error="It was interrupted in ComfyUI by somebody else"
             )
         error = end.error or ExecutionError(job.prompt_id, exception_message="ComfyUI says error without a reason")
-        text = scrub(error.exception_message).strip() or error.exception_type or "A node failed"
+        text = scrub(error.exception_message).strip() or scrub(error.exception_type) or "A node failed"
         return msgspec.structs.replace(
             verdict,
             result=Result.FAILED,

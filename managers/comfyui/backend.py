@@ -20,8 +20,9 @@ from msgspec import Struct
 from managers.clock import Clock
 from managers.comfyui.client import ComfyUIClient
 from managers.comfyui.protocol import Executing, ExecutionStart, HistoryEntry, Message, PreviewFrame, StatusMessage
+from managers.comfyui.remote_file import describe_remote
 from managers.comfyui.socket import ComfyUISocket, Frame
-from managers.errors import BackendUnavailable
+from managers.errors import BackendUnavailable, NotFound
 from managers.events.types import ComfyUIMessage, LiveEvent, Output
 
 log = structlog.get_logger(__name__)
@@ -214,22 +215,15 @@ class Backend:
 
     async def _measure_remote(self, output: Output) -> Output:
         try:
-            async with self.client.view(
-                filename=output.filename or "",
+            found = await describe_remote(
+                self.client,
+                name=output.filename or "",
                 subfolder=output.subfolder or "",
                 folder=output.type or "output",
-                headers={},
-                head=True,
-            ) as reply:
-                if reply.status_code != 200 or not reply.headers.get("content-length", "").isdigit():
-                    return output
-                return msgspec.structs.replace(
-                    output,
-                    size=int(reply.headers["content-length"]),
-                    etag=reply.headers.get("etag", "").strip('"') or None,
-                )
-        except BackendUnavailable:
+            )
+        except (NotFound, BackendUnavailable):
             return output
+        return msgspec.structs.replace(output, size=found.size, etag=found.etag.strip('"'))
 
     def _came_up(self) -> None:
         self.state = BackendState.CONNECTED

@@ -18,6 +18,7 @@ from managers.errors import BackendUnavailable
 log = structlog.get_logger(__name__)
 
 _PATIENCE_SECONDS = 5.0
+_ASK_AT_MOST = 20  # one by one; beyond that the whole list is cheaper
 
 
 class Catalogs:
@@ -66,6 +67,10 @@ class Catalogs:
     async def _ask(self, backend: Backend, class_types: Collection[str]) -> None:
         classes = await self._classes(backend)
         if classes is None:
+            return
+        if len(class_types) > _ASK_AT_MOST:
+            self._known.pop(backend.name, None)
+            await self._classes(backend)
             return
         try:
             async with asyncio.timeout(_PATIENCE_SECONDS):

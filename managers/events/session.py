@@ -156,8 +156,15 @@ class StreamSession:
         self._catching_up: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[End] = asyncio.get_running_loop().create_future()
 
-    async def run(self, receive: Callable[[], Awaitable[str | bytes | None]]) -> End:
-        """Until either side has had enough. `receive` gives the client's next frame, None when it has gone."""
+    async def run(
+        self,
+        receive: Callable[[], Awaitable[str | bytes | None]],
+        say_goodbye: Callable[[End], Awaitable[None]],
+    ) -> None:
+        """Until either side has had enough, and the goodbye is said: only then has the hub one client less.
+
+        `receive` gives the client's next frame, None when it has gone.
+        """
         self._writer.attach(self._flush, self.close)
         if self._since is not None:
             self._hold()
@@ -171,7 +178,8 @@ class StreamSession:
                 conversation.cancel()
                 if self._catching_up is not None:
                     self._catching_up.cancel()
-            return end
+            self._subscription = Subscription(ids=frozenset())
+            await say_goodbye(end)
         finally:
             self._hub.unsubscribe(self)
             for timer in self._timers.values():

@@ -85,11 +85,15 @@ class WorkflowQueued(StoredEvent, frozen=True, kw_only=True, tag="workflow:queue
 
 
 class WorkflowStarted(StoredEvent, frozen=True, kw_only=True, tag="workflow:started"):
-    """ComfyUI began to execute it."""
+    """ComfyUI began to execute it. `started_before`: an earlier attempt of it had begun too, and was lost."""
 
     backend: str
     attempt: int
     start_time: int
+    created_at: int | None = None
+    priority: str | None = None
+    gpu: str | None = None
+    started_before: bool = False
 
 
 class WorkflowCompleted(StoredEvent, frozen=True, kw_only=True, tag="workflow:completed"):
@@ -100,6 +104,7 @@ class WorkflowCompleted(StoredEvent, frozen=True, kw_only=True, tag="workflow:co
     outputs_reused: bool
     errors: tuple[Finding, ...] = ()
     backend: str | None = None
+    gpu: str | None = None
 
 
 class WorkflowCancelled(StoredEvent, frozen=True, kw_only=True, tag="workflow:cancelled"):

@@ -15,7 +15,8 @@ from msgspec import Raw, Struct
 
 from managers.clock import Clock, IdMaker
 from managers.comfyui.catalogs import Catalogs
-from managers.comfyui.graph import REFUSED, check_structure, parse_graph
+from managers.comfyui.graph import REFUSED, parse_graph
+from managers.comfyui.object_info import Catalog
 from managers.comfyui.tracker import GraphNode, describe
 from managers.comfyui.validation import Validation, concerned_classes, validate
 from managers.errors import Conflict, Draining, InvalidRequest, InvalidWorkflow
@@ -36,6 +37,10 @@ from managers.workflows.model import (
 )
 from managers.workflows.store import WorkflowStore
 from managers.workflows.views import WorkflowView, attempt_view, view
+
+
+_LARGE_GRAPH = 1000
+"""Nodes whose check would hold up the loop: some 10 ms."""
 
 
 class QueueConfig(Struct, frozen=True, kw_only=True):
@@ -330,15 +335,15 @@ class WorkflowManager:
         graph = _decoded(submission.graph, "/workflow")
         if submission.extra_data is not None and not isinstance(_decoded(submission.extra_data, "/extraData"), dict):
             raise _invalid("extraData must be an object", "/extraData")
-        refused = [finding for finding in check_structure(graph) if finding.code in REFUSED]
+        checked = await _validated(graph, await self._catalogs.current(names))
+        refused = [finding for finding in checked.findings if finding.code in REFUSED]
         if refused:
             raise InvalidRequest(refused[0].message, refused)
-        checked = validate(graph, await self._catalogs.current(names))
         doubtful = concerned_classes(checked.findings, only_missing=not strict)
         if doubtful:
             # A stale cache must never refuse good work: ask again before saying no.
-            checked = validate(graph, await self._catalogs.afresh(names, doubtful))
-        return checked, len(graph)
+            checked = await _validated(graph, await self._catalogs.afresh(names, doubtful))
+        return checked, len(graph) if isinstance(graph, dict) else 0
 
     def _eligible(self, gpu: str) -> tuple[str, ...]:
         if gpu == ANY_BACKEND:
@@ -360,6 +365,12 @@ class WorkflowManager:
                 timestamp=self._clock.now_ms(), length=counts.length, running=counts.running, paused=counts.paused
             )
         )
+
+
+async def _validated(graph: Any, catalogs: Sequence[Catalog]) -> Validation:
+    if isinstance(graph, dict) and len(graph) > _LARGE_GRAPH:
+        return await asyncio.to_thread(validate, graph, catalogs)
+    return validate(graph, catalogs)
 
 
 def _failure(findings: Sequence[Finding]) -> str | None:

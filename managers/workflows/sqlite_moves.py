@@ -256,9 +256,21 @@ def _run(transaction: Transaction, workflow: Workflow, start_time: int, now: int
         backend=after.backend or "",
         attempt=after.attempt,
         start_time=start_time,
+        created_at=after.created_at,
+        priority=after.priority.value,
+        gpu=after.gpu,
+        started_before=_started_before(transaction, after),
     )
     transaction.write(event, after.number)
     return after
+
+
+def _started_before(transaction: Transaction, workflow: Workflow) -> bool:
+    """Whether an attempt before the one in hand had begun."""
+    if workflow.attempt == 1:
+        return False
+    attempts = map(attempt_of, transaction.execute(sql.GET_ATTEMPTS, (workflow.id,)))
+    return any(attempt.number < workflow.attempt and attempt.start_time is not None for attempt in attempts)
 
 
 def _move_attempt(
@@ -326,6 +338,7 @@ def _ended(workflow: Workflow, outcome: Outcome, now: int) -> StoredEvent:
             outputs_reused=outcome.outputs_reused,
             errors=outcome.errors,
             backend=workflow.backend,
+            gpu=workflow.gpu,
         )
     return WorkflowError(
         timestamp=now,

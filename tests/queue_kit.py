@@ -1,0 +1,383 @@
+"""The whole service in front of a ComfyUI process: start, hand work in, wait for what it tells, look into ComfyUI.
+
+Waiting is done on the service's own words (server-sent events, WebSocket, `Prefer: wait`). ComfyUI has no event for
+"the queue now holds …", so `Comfy.until_queue` asks again and again, with an end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from websockets.asyncio.client import ClientConnection, connect
+
+from management_api.app import Application, create_app
+from management_api.logging import SILENT, Logs
+from management_api.settings import Settings
+from tests.serving import DEADLINE, KEY, SettingsMaker, serve
+from tests.simulator_process import end, start_simulator
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = Path(__file__).parent / "data" / "workflows"
+PATH = "/v1/comfyui/workflow"
+PATIENCE = 20
+"""Seconds that nothing waited for in these tests should need."""
+
+Graph = dict[str, Any]
+View = dict[str, Any]
+
+_colors = itertools.count(uuid.uuid4().int % 8_000_000)
+
+
+def workflow(name: str) -> Graph:
+    """One of the recorded workflows."""
+    found: Graph = json.loads((WORKFLOWS / f"{name}.json").read_text())
+    return found
+
+
+def picture(**inputs: Any) -> Graph:
+    """The smallest workflow that writes a file, different each time so that no cache answers for it."""
+    empty = {"width": 64, "height": 64, "batch_size": 1, "color": next(_colors)} | inputs
+    return {
+        "1": {"class_type": "EmptyImage", "inputs": empty},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "kit"}},
+    }
+
+
+def sleeper(steps: int = 600, seconds: float = 0.05, **inputs: Any) -> Graph:
+    """One that executes until it is stopped (or for `steps` x `seconds`), and polls the interrupt flag."""
+    sleep = {"image": ["1", 0], "steps": steps, "seconds_per_step": seconds, "seed": next(_colors)}
+    sleep |= {"preview": False, "fail": "none", "fail_at_step": 0} | inputs
+    return picture() | {
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "kit"}},
+        "3": {"class_type": "SleepSteps", "inputs": sleep},
+    }
+
+
+class Comfy:
+    """A simulator process, its folder, and what it says when asked directly."""
+
+    def __init__(self, directory: Path, *args: str) -> None:
+        self.directory = directory
+        self.outputs = directory / "output"
+        self._args = args
+        self.url, self.process = start_simulator(directory, *args)
+        self._probes = 0
+
+    def kill(self) -> None:
+        """The process is gone at once, as after kill -9."""
+        end(self.process)
+
+    def restart(self) -> None:
+        """The same again on the same port: queue, history and cache are forgotten."""
+        end(self.process)
+        self._probes = 0
+        port = self.url.rpartition(":")[2]
+        self.url, self.process = start_simulator(self.directory, *self._args, "--port", port)
+
+    def freeze(self) -> None:
+        """It answers nothing from now on, while its connections stay open."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    async def get(self, path: str) -> Any:
+        async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
+            return (await client.get(path)).raise_for_status().json()
+
+    async def post(self, path: str, body: Any) -> Any:
+        async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
+            reply = (await client.post(path, json=body)).raise_for_status()
+            return reply.json() if reply.content else None
+
+    async def faults(self, **plan: Any) -> None:
+        """What is to go wrong from now on; nothing without arguments."""
+        await self.post("/_faults", plan)
+
+    async def queue(self) -> tuple[list[str], list[str]]:
+        """The prompt ids that run and that wait."""
+        found = await self.get("/queue")
+        return [item[1] for item in found["queue_running"]], [item[1] for item in found["queue_pending"]]
+
+    async def until_queue(self, right: Callable[[list[str], list[str]], bool]) -> tuple[list[str], list[str]]:
+        """Ask for the queue until (running, pending) is right: ComfyUI tells nobody of changes in it."""
+        running: list[str] = []
+        pending: list[str] = []
+        for _ in range(PATIENCE * 50):
+            running, pending = await self.queue()
+            if right(running, pending):
+                return running, pending
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"the queue of ComfyUI stayed at running {running}, pending {pending}")
+
+    async def history(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self.get("/history")
+        return found
+
+    async def post_prompt(self, graph: Graph, *, client_id: str = "somebody else") -> str:
+        """A prompt of somebody who does not use the service."""
+        prompt_id = str(uuid.uuid4())
+        self._probes += 1
+        await self.post("/prompt", {"prompt": graph, "client_id": client_id, "prompt_id": prompt_id})
+        return prompt_id
+
+    async def posts(self) -> int:
+        """How many prompts the service has posted since the process started: ComfyUI numbers them."""
+        probe = await self.post("/prompt", {"prompt": picture(), "client_id": "somebody else"})
+        self._probes += 1
+        number: int = probe["number"]
+        return number - (self._probes - 1)
+
+
+@contextlib.contextmanager
+def comfy(directory: Path, *args: str) -> Iterator[Comfy]:
+    """A simulator that takes faults."""
+    process = Comfy(directory, "--faults", *args)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+class Stream:
+    """What one client hears. `until` looks through what came and then waits for more."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        self.frames: list[dict[str, Any]] = []
+
+    async def until(self, kind: str, *, after: int = 0, **fields: Any) -> dict[str, Any]:
+        """The first frame of this type and with these fields from frame number `after` on."""
+        number = after
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                while number == len(self.frames):
+                    frame = await self._connection.recv()
+                    if isinstance(frame, str):
+                        self.frames.append(json.loads(frame))
+                found = self.frames[number]
+                if found["type"] == kind and all(found.get(name) == value for name, value in fields.items()):
+                    return found
+                number += 1
+
+    async def settled(self) -> list[dict[str, Any]]:
+        """All frames, after everything that was on its way has come."""
+        start = len(self.frames)
+        await self._connection.send('{"type":"ping"}')
+        await self.until("pong", after=start)
+        return self.frames
+
+    def of(self, workflow_id: str, *kinds: str) -> list[dict[str, Any]]:
+        """What was heard about one workflow."""
+        return [
+            frame
+            for frame in self.frames
+            if frame.get("workflowId") == workflow_id and (not kinds or frame["type"] in kinds)
+        ]
+
+
+class Queue:
+    """The service as a client sees it."""
+
+    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+        self.client = client
+        self.url = url
+
+    async def post(self, graph: Any, *, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        return await self.client.post(PATH, json={"workflow": graph, **body}, headers=headers)
+
+    async def submit(self, graph: Graph, **body: Any) -> str:
+        """Hand a workflow in; its id."""
+        reply = await self.post(graph, **body)
+        assert reply.status_code == 202, reply.text
+        workflow_id: str = reply.json()["workflowId"]
+        return workflow_id
+
+    async def run(self, graph: Graph, **body: Any) -> View:
+        """Hand a workflow in and wait for its end."""
+        return await self.ended(await self.submit(graph, **body))
+
+    async def get(self, workflow_id: str, **query: str) -> View:
+        reply = await self.client.get(f"{PATH}/{workflow_id}", params=query)
+        assert reply.status_code == 200, reply.text
+        found: View = reply.json()
+        return found
+
+    async def attempts(self, workflow_id: str) -> list[tuple[int, str]]:
+        """Number and state of each attempt."""
+        found = await self.get(workflow_id, include="attempts")
+        return [(attempt["attempt"], attempt["state"]) for attempt in found["attempts"]]
+
+    async def events(self, workflow_id: str) -> list[dict[str, Any]]:
+        """Its stored events."""
+        reply = await self.client.get(f"{PATH}/{workflow_id}/events")
+        assert reply.status_code == 200, reply.text
+        found: list[dict[str, Any]] = reply.json()["events"]
+        return found
+
+    async def kinds(self, workflow_id: str) -> list[str]:
+        """The types of its stored events, without `workflow:`."""
+        return [event["type"].removeprefix("workflow:") for event in await self.events(workflow_id)]
+
+    async def follow(self, workflow_id: str, last: int | None = None) -> AsyncIterator[dict[str, Any]]:
+        """Its stored events as they come, until it ends."""
+        headers = {"accept": "text/event-stream"} | ({} if last is None else {"last-event-id": str(last)})
+        async with self.client.stream("GET", f"{PATH}/{workflow_id}/events", headers=headers) as reply:
+            assert reply.status_code == 200
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            seq = ""
+            async for line in reply.aiter_lines():
+                if line.startswith("id:"):
+                    seq = line.removeprefix("id:").strip()
+                elif line.startswith("data:"):
+                    event = json.loads(line.removeprefix("data:"))
+                    assert str(event["seq"]) == seq
+                    yield event
+
+    async def until(self, workflow_id: str, kind: str, **fields: Any) -> dict[str, Any]:
+        """The first stored event of this kind (`started`, `error`, …) with these fields."""
+        async with asyncio.timeout(PATIENCE):
+            async with contextlib.aclosing(self.follow(workflow_id)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    right = all(event.get(name) == value for name, value in fields.items())
+                    if event["type"] == f"workflow:{kind}" and right:
+                        return event
+        raise AssertionError(f"{workflow_id} ended without {kind} {fields}: {await self.get(workflow_id)}")
+
+    async def started(self, *workflow_ids: str) -> None:
+        for workflow_id in workflow_ids:
+            await self.until(workflow_id, "started")
+
+    async def ended(self, workflow_id: str) -> View:
+        """The workflow when it is final."""
+        async with asyncio.timeout(PATIENCE):
+            async for _ in self.follow(workflow_id):
+                pass
+        return await self.get(workflow_id)
+
+    async def cancel(self, workflow_id: str) -> str:
+        reply = await self.client.delete(f"{PATH}/{workflow_id}")
+        assert reply.status_code == 200, reply.text
+        status: str = reply.json()["status"]
+        return status
+
+    async def set_priority(self, workflow_id: str, priority: str) -> httpx.Response:
+        return await self.client.patch(f"{PATH}/{workflow_id}", json={"priority": priority})
+
+    async def switch(self, action: str) -> dict[str, Any]:
+        """`pause` or `resume`."""
+        reply = await self.client.post(f"/v1/comfyui/queue/{action}")
+        assert reply.status_code == 200, reply.text
+        found: dict[str, Any] = reply.json()
+        return found
+
+    async def list(self, **query: Any) -> dict[str, Any]:
+        reply = await self.client.get(PATH, params=query)
+        assert reply.status_code == 200, reply.text
+        found: dict[str, Any] = reply.json()
+        return found
+
+    async def connected(self, *backends: str) -> None:
+        """Wait until the service has reached its ComfyUI; with names, each of them."""
+        wanted = set(backends or ["local"])
+        async with self.stream("backend", since=0) as stream:
+            async with asyncio.timeout(PATIENCE):
+                while wanted:
+                    frame = await stream.until("backend:connected", after=len(stream.frames))
+                    wanted.discard(frame["backend"])
+
+    @contextlib.asynccontextmanager
+    async def stream(self, *channels: str, since: int | None = None) -> AsyncIterator[Stream]:
+        """The WebSocket, subscribed to these channels for all workflows."""
+        url = self.url.replace("http:", "ws:") + "/v1/comfyui/stream"
+        async with connect(
+            url, additional_headers={"X-API-Key": KEY}, compression=None, proxy=None, max_size=None, close_timeout=0.5
+        ) as connection:
+            stream = Stream(connection)
+            subscription: dict[str, Any] = {"type": "subscribe", "channels": list(channels or ["workflow"])}
+            if since is not None:
+                subscription["since"] = since
+            await connection.send(json.dumps(subscription))
+            yield stream
+
+
+class House(Queue):
+    """The service in this process, behind a real uvicorn."""
+
+    app: Application
+
+
+@contextlib.asynccontextmanager
+async def house(settings: Settings, logs: Logs = SILENT) -> AsyncIterator[House]:
+    """A running service. Leaving the block stops it as a shutdown does."""
+    app = create_app(settings, logs=logs)
+    async with serve(app) as port:
+        url = f"http://127.0.0.1:{port}"
+        async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": KEY}, timeout=DEADLINE) as client:
+            found = House(client, url)
+            found.app = app
+            yield found
+
+
+def environment(tmp_path: Path, comfy: Comfy | None = None, **environ: str) -> dict[str, str]:
+    """The variables of a service in front of this ComfyUI."""
+    base = {
+        "MANAGEMENT_API_KEY": KEY,
+        "MANAGEMENT_API_DATA_DIR": str(tmp_path / "data"),
+        "MANAGEMENT_API_RATE_LIMIT": "100000/minute",
+        "MANAGEMENT_API_PORT": "0",
+        "MANAGEMENT_API_HOST": "127.0.0.1",
+        "COMFY_PATH": str(comfy.directory if comfy else tmp_path / "comfyui"),
+        "COMFYUI_URL": comfy.url if comfy else "http://127.0.0.1:9",
+    }
+    return base | environ
+
+
+class Child(Queue):
+    """The service as a process of its own, which can be killed."""
+
+    process: subprocess.Popen[str]
+
+    def kill(self) -> None:
+        """kill -9: nothing is said, nothing is written."""
+        end(self.process)
+
+
+@contextlib.asynccontextmanager
+async def child(environ: dict[str, str]) -> AsyncIterator[Child]:
+    """A service process; killed at the end of the block if it still lives."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.service_process"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environ},
+    )
+    try:
+        assert process.stdout is not None
+        url = (await asyncio.to_thread(process.stdout.readline)).strip()
+        assert url.startswith("http://"), "the service did not start"
+        async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": KEY}, timeout=DEADLINE) as client:
+            found = Child(client, url)
+            found.process = process
+            yield found
+    finally:
+        end(process)
+
+
+__all__ = [
+    "PATH", "PATIENCE", "WORKFLOWS", "Child", "Comfy", "Graph", "House", "Queue", "SettingsMaker", "Stream", "View",
+    "child", "comfy", "environment", "house", "picture", "sleeper", "workflow",
+]  # fmt: skip
