@@ -28,6 +28,7 @@ from managers.workflows.manager import QueueConfig, WorkflowManager
 from managers.workflows.outputs import OutputDoor
 from managers.workflows.sqlite_store import SqliteStore
 from managers.workflows.store import WorkflowStore
+from metrics.house import HouseMetrics
 from routes.service import ReadyChecks, ReadyState, ServiceInfo
 from routes.stream import Streams
 
@@ -125,6 +126,13 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         files=files,
         output_door=OutputDoor(store, [dispatcher.backend for dispatcher in dispatchers]),
     )
+    metrics = HouseMetrics(
+        base.registry,
+        workflows=workflows,
+        hub=hub,
+        clock=clock,
+        active_tasks=services.ready_state.active_tasks,
+    )
     work = [
         asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers
     ]
@@ -139,6 +147,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
             await dispatcher.aclose()
         files.close()
         await store.close()
+        metrics.close()
 
 
 def backend_configs(settings: Settings) -> list[BackendConfig]:

@@ -13,7 +13,6 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics_core import Metric
 
 from managers.events.types import (
-    ComfyUIMessage,
     ErrorType,
     LiveEvent,
     StoredEvent,
@@ -38,7 +37,9 @@ class WorkflowMetrics:
 
     def __init__(self, gpu_types: Iterable[str]) -> None:
         """`gpu_types` are the `gpu` values known in advance: they are there with 0 from the first scrape."""
-        self._total = Counter("comfyui_workflow_total", "Workflows by what became of them.", ("status",), registry=None)
+        self._total = Counter(
+            "comfyui_workflow_total", "Workflows by what became of them.", ("status",), registry=None
+        )
         self._errors = Counter(
             "comfyui_workflow_errors_total", "Workflows that failed for good.", ("error_type",), registry=None
         )

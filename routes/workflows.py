@@ -252,6 +252,7 @@ async def cancel_workflow(workflows: NamedDependency[WorkflowManager], workflow_
 @patch(
     PATH + "/{workflow_id:str}",
     summary="Change the priority of a waiting workflow",
+    description="It moves to the place it would have, had it been submitted with this priority at the same time.",
     tags=["workflows"],
     responses=problems(404, 409, 415),
     opt=documented(body=PriorityRequest, request={"priority": "high"}, reply=_EXAMPLE_VIEW | {"status": "queued"}),

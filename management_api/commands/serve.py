@@ -87,22 +87,17 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def serve(
-    app: Application, listener: socket.socket, stop: asyncio.Event, ready: Callable[[str], None]
-) -> None:
+async def serve(app: Application, listener: socket.socket, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
     """Start the managers, listen, call `ready` with the URL; stop when `stop` is set or a signal comes.
 
     Raises `CannotStart`, and what the managers raise when they cannot start.
     """
-    seconds = app.base.settings.api.shutdown_seconds
     loop = asyncio.get_running_loop()
-    stopped = asyncio.create_task(_end_after(stop, max(seconds, _LAST_SECONDS)))
     with _signals(lambda: loop.call_soon_threadsafe(stop.set)):
-        server = Server(app, listener, stop, ready, graceful_seconds=max(0.0, seconds - _LAST_SECONDS))
+        server = Server(app, listener, stop, ready)
         async with app.litestar.lifespan():
             await server.serve(sockets=[listener])
-        last.cancel()
-        log.info("stopped")
+        server.stopped()
 
 
 class Server(uvicorn.Server):
@@ -114,9 +109,8 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         stop: asyncio.Event,
         ready: Callable[[str], None],
-        *,
-        graceful_seconds: float,
     ) -> None:
+        self._seconds = app.base.settings.api.shutdown_seconds
         super().__init__(
             uvicorn.Config(
                 app,  # type: ignore[arg-type]  # the same protocol, typed twice
@@ -133,10 +127,11 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=65,
-                timeout_graceful_shutdown=graceful_seconds,  # type: ignore[arg-type]  # any number will do
+                timeout_graceful_shutdown=max(0.0, self._seconds - _LAST_SECONDS),  # type: ignore[arg-type]  # any number will do
             )
         )
         self._app, self._listener, self._stop, self._ready = app, listener, stop, ready
+        self._deadline: asyncio.TimerHandle | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
@@ -155,9 +150,16 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """First the doors: new work is refused, streams end with 1001. Then the sockets."""
         log.info("stopping")
+        self._deadline = asyncio.get_running_loop().call_later(max(self._seconds, _LAST_SECONDS), _end)
         for services in self._app.running:
             await services.close_doors()
         await super().shutdown(sockets)
+
+    def stopped(self) -> None:
+        """The managers have stopped too."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        log.info("stopped")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

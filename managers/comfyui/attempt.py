@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
+from urllib.parse import quote, urlencode
 
 import msgspec
 import structlog
@@ -75,6 +76,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
     outputs: tuple[Output, ...] = ()
     outputs_reused: bool = False
     nodes: NodeCounts | None = None
+    progress: int | None = None
     error: str | None = None
     error_type: ErrorType | None = None
     errors: tuple[Finding, ...] = ()
@@ -123,8 +125,8 @@ class AttemptRun:
         with self._backend.inbox(self.job.prompt_id, self.job.workflow_id) as self._inbox:
             if self._start_time is not None:
                 self._set_deadline()
-            verdict = await (self._look_until_answered() if self.job.posted else self._post())
             frames_at_post = self._backend.frames
+            verdict = await (self._look_until_answered() if self.job.posted else self._post())
             deaf_at = None if self.job.posted else self._backend.clock.monotonic() + _DEAF_AFTER_SECONDS
             while verdict is None:
                 verdict = await self._commanded()
@@ -178,7 +180,15 @@ class AttemptRun:
         if isinstance(message.body, Executed):
             for node_id, outputs in self._tracker.evidence.outputs.items():
                 if node_id in (message.body.node, message.body.display_node):
-                    self._sink.produced(node_id, tuple(outputs))
+                    self._sink.produced(node_id, tuple(self._with_folder_url(output) for output in outputs))
+
+    def _with_folder_url(self, output: Output) -> Output:
+        """Before the verdict an output has no number in the run yet: it is named by its folder and backend."""
+        if output.filename is None:
+            return output
+        path = f"{output.subfolder}/{output.filename}" if output.subfolder else output.filename
+        query = urlencode({"backend": self._backend.name, "type": output.type or "output"})
+        return msgspec.structs.replace(output, url=f"/v1/comfyui/output/{quote(path)}?{query}")
 
     def _start(self, start_time: int) -> None:
         if not self.started:
@@ -315,6 +325,7 @@ class AttemptRun:
             start_time=self._start_time,
             end_time=self._backend.clock.now_ms(),
             nodes=self._tracker.counts(),
+            progress=self._tracker.percent,
             error=f"The workflow ran longer than its time limit of {self.job.timeout_seconds:g} s",
             error_type="timeout",
         )
@@ -413,6 +424,7 @@ class AttemptRun:
             outputs=outputs,
             outputs_reused=bool(files) and all(output.node_id in end.cached for output in files),
             nodes=NodeCounts(total=total, done=total, cached=cached) if succeeded else self._tracker.counts(),
+            progress=100 if succeeded else self._tracker.percent,
             errors=tuple(errors),
         )
         if succeeded:

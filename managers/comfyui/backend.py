@@ -19,7 +19,18 @@ from msgspec import Struct
 
 from managers.clock import Clock
 from managers.comfyui.client import ComfyUIClient
-from managers.comfyui.protocol import Executing, ExecutionStart, HistoryEntry, Message, PreviewFrame, StatusMessage
+from managers.comfyui.protocol import (
+    Executing,
+    ExecutionError,
+    ExecutionStart,
+    HistoryEntry,
+    Message,
+    PreviewFrame,
+    Queue,
+    StatusMessage,
+    TextFrame,
+)
+from managers.comfyui.rejection import scrub
 from managers.comfyui.remote_file import describe_remote
 from managers.comfyui.socket import ComfyUISocket, Frame
 from managers.errors import BackendUnavailable, NotFound
@@ -100,10 +111,12 @@ class Backend:
         self.queue_remaining: int | None = None
         self.frames = 0
         self.connections = 0
+        self.ghosts = 0
         self.workflow_of: dict[str, str] = {}
         self.remote = (urlsplit(config.url).hostname or "") not in _LOOPBACK
         self._on_change = on_change
         self._inboxes: dict[str, Inbox] = {}
+        self._known: Callable[[], Collection[str]] = tuple
         self._executing: str | None = None
         self._up = asyncio.Event()
         self._greet = asyncio.Event()
@@ -114,7 +127,8 @@ class Backend:
     # ---- its life
 
     async def run(self, known: Callable[[], Collection[str]]) -> None:
-        """Stay connected until cancelled. After each connect our forgotten prompts are swept; `known` are kept."""
+        """Stay connected until cancelled. Prompts of ours are removed wherever they show up, unless `known`."""
+        self._known = known
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._socket.run(), name=f"socket {self.name}")
@@ -123,7 +137,7 @@ class Backend:
                     self._greet.clear()
                     try:
                         self.version = (await self.client.system_stats()).system.comfyui_version
-                        await self.sweep(known())
+                        await self._sweep(await self.client.queue())
                     except BackendUnavailable as error:
                         log.warning("backend did not greet", backend=self.name, reason=str(error))
         finally:
@@ -170,31 +184,13 @@ class Backend:
         Raises `BackendUnavailable`.
         """
         queue = await self.client.queue()
+        await self._sweep(queue)
         if any(item.prompt_id == prompt_id for item in queue.queue_running):
             return Location(Place.RUNNING)
         if any(item.prompt_id == prompt_id for item in queue.queue_pending):
             return Location(Place.PENDING)
         entry = await self.client.history(prompt_id)
         return Location(Place.ENDED, entry) if entry is not None else Location(Place.ABSENT)
-
-    async def sweep(self, known: Collection[str]) -> int:
-        """Remove prompts that carry our client id and belong to no open attempt (a POST that arrived late).
-
-        Returns how many were found.
-        """
-        queue = await self.client.queue()
-        ghosts = [
-            item.prompt_id for item in queue.queue_pending if self._is_ghost(item.client_id, item.prompt_id, known)
-        ]
-        if ghosts:
-            await self.client.delete_pending(*ghosts)
-        for item in queue.queue_running:
-            if self._is_ghost(item.client_id, item.prompt_id, known):
-                ghosts.append(item.prompt_id)
-                await self.client.interrupt(item.prompt_id)
-        if ghosts:
-            log.warning("removed prompts without an attempt", backend=self.name, count=len(ghosts))
-        return len(ghosts)
 
     async def measure(self, outputs: Sequence[Output]) -> tuple[Output, ...]:
         """The same outputs with size and etag; both stay None for what is not there (any more)."""
@@ -210,8 +206,20 @@ class Backend:
 
     # ---- inside
 
-    def _is_ghost(self, client_id: str | None, prompt_id: str, known: Collection[str]) -> bool:
-        return client_id == self.client_id and prompt_id not in known and prompt_id not in self._inboxes
+    async def _sweep(self, queue: Queue) -> None:
+        """Remove prompts that carry our client id and belong to no open attempt (a POST that arrived late)."""
+        known = {*self._known(), *self._inboxes}
+        pending, running = (
+            [item.prompt_id for item in items if item.client_id == self.client_id and item.prompt_id not in known]
+            for items in (queue.queue_pending, queue.queue_running)
+        )
+        if pending:
+            await self.client.delete_pending(*pending)
+        for prompt_id in running:
+            await self.client.interrupt(prompt_id)
+        if pending or running:
+            self.ghosts += len(pending) + len(running)
+            log.warning("removed prompts without an attempt", backend=self.name, count=len(pending) + len(running))
 
     async def _measure_remote(self, output: Output) -> Output:
         try:
@@ -256,23 +264,40 @@ class Backend:
                     self._executing = prompt_id
                 case _:
                     pass
-            self.publish(
-                ComfyUIMessage(
-                    type=f"comfyui:{frame.type}",
-                    timestamp=self.clock.now_ms(),
-                    backend=self.name,
-                    data=frame.raw,
-                    workflow_id=self.workflow_of.get(prompt_id or "", msgspec.UNSET),
-                )
-            )
+            self._tell(frame.type, prompt_id, _without_secrets(frame))
         elif isinstance(frame, PreviewFrame) and frame.prompt_id is not None:
             prompt_id = frame.prompt_id
         else:
             # Type 1 and 3 frames name no prompt: they belong to the one that executes (PROTOCOL §3).
             prompt_id = self._executing
+        if isinstance(frame, TextFrame):
+            self._tell("progress_text", prompt_id, msgspec.Raw(msgspec.json.encode(frame)))
         box = self._inboxes.get(prompt_id or "")
         if box is not None:
             box.put_nowait(frame)
+
+    def _tell(self, name: str, prompt_id: str | None, data: msgspec.Raw) -> None:
+        self.publish(
+            ComfyUIMessage(
+                type=f"comfyui:{name}",
+                timestamp=self.clock.now_ms(),
+                backend=self.name,
+                data=data,
+                workflow_id=self.workflow_of.get(prompt_id or "", msgspec.UNSET),
+            )
+        )
+
+
+def _without_secrets(message: Message) -> msgspec.Raw:
+    """As it came, but for an error: its traceback has paths of that machine, its inputs whole tensors (PROTOCOL §5)."""
+    if not isinstance(message.body, ExecutionError):
+        return message.raw
+    told = msgspec.structs.replace(
+        message.body,
+        exception_message=scrub(message.body.exception_message),
+        exception_type=scrub(message.body.exception_type),
+    )
+    return msgspec.Raw(msgspec.json.encode(told))
 
 
 def folder_of(outputs: Path, folder: str) -> Path:

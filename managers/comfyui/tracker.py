@@ -156,6 +156,11 @@ class Tracker:
             nodes=self.counts(),
         )
 
+    @property
+    def percent(self) -> int:
+        """The overall progress last told."""
+        return self._percent
+
     def counts(self) -> NodeCounts:
         """Nodes needed, done, cached."""
         done = sum(1 for share in self._share.values() if share >= 1.0)

@@ -85,6 +85,8 @@ class Dispatcher:
         self._slots: dict[str, _Slot] = {}
         self._wake = asyncio.Event()
         self._draining = False
+        self._claiming = False
+        self._doomed: set[str] = set()  # cancelled while a claim was on its way, which may have taken them
         self._tasks: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -117,6 +119,8 @@ class Dispatcher:
 
     def cancel(self, workflow_id: str) -> None:
         """Its verdict is stored: make ComfyUI let go of it."""
+        if self._claiming:
+            self._doomed.add(workflow_id)
         for slot in self._slots.values():
             if slot.claimed.workflow.id == workflow_id:
                 slot.cancelled = True
@@ -146,6 +150,7 @@ class Dispatcher:
                 return
             if self._slots and not self._may_prefetch():
                 return
+            self._claiming = True
             try:
                 claimed = await self._store.claim(
                     backend=self.name, pools=self.pools, prompt_id=self._new_id(), now=self._clock.now_ms()
@@ -154,9 +159,12 @@ class Dispatcher:
                 log.error("cannot claim", backend=self.name, reason=str(error))
                 self._spawn(self._wake_later())
                 return
+            finally:
+                self._claiming = False
+                doomed, self._doomed = self._doomed, set()
             if claimed is None:
                 return
-            self._begin(claimed, posted=False)
+            self._begin(claimed, posted=False, cancelled=claimed.workflow.id in doomed)
 
     def _may_prefetch(self) -> bool:
         return (
@@ -166,10 +174,10 @@ class Dispatcher:
             and not any(slot.cancelled for slot in self._slots.values())
         )
 
-    def _begin(self, claimed: Claimed, *, posted: bool) -> None:
+    def _begin(self, claimed: Claimed, *, posted: bool, cancelled: bool = False) -> None:
         slot = _Slot(self, claimed, posted=posted)
         self._slots[claimed.attempt.prompt_id] = slot
-        if claimed.workflow.final:
+        if claimed.workflow.final or cancelled:
             slot.cancelled = True
             slot.run.tell(Signal.CANCEL)
         self._spawn(self._attend(slot))
@@ -326,6 +334,7 @@ def _outcome(verdict: Verdict, now: int) -> Outcome:
         outputs=verdict.outputs,
         outputs_reused=verdict.outputs_reused,
         nodes=verdict.nodes,
+        progress=verdict.progress,
         error=verdict.error,
         error_type=verdict.error_type,
         errors=verdict.errors,

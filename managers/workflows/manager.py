@@ -38,7 +38,6 @@ from managers.workflows.model import (
 from managers.workflows.store import WorkflowStore
 from managers.workflows.views import WorkflowView, attempt_view, view
 
-
 _LARGE_GRAPH = 1000
 """Nodes whose check would hold up the loop: some 10 ms."""
 
@@ -136,6 +135,9 @@ class WorkflowManager:
     def drain(self) -> None:
         """Refuse new work and hand out none; what runs, runs on."""
         self._draining = True
+        for watchers in self._watchers.values():
+            for changed in watchers:
+                changed.set()
         for dispatcher in self.dispatchers:
             dispatcher.drain()
 
@@ -251,7 +253,7 @@ class WorkflowManager:
             workflow = await self.store.get(workflow_id)
             try:
                 async with asyncio.timeout(seconds):
-                    while not workflow.final:
+                    while not (workflow.final or self._draining):
                         await changed.wait()
                         changed.clear()
                         workflow = await self.store.get(workflow_id)
@@ -268,7 +270,7 @@ class WorkflowManager:
                 for frame in await self.store.events_of(workflow_id, after):
                     after = frame.seq
                     yield frame
-                if workflow.final:
+                if workflow.final or self._draining:
                     return
                 await changed.wait()
 
