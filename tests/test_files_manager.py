@@ -284,6 +284,21 @@ def test_files_beyond_the_page_are_looked_at_again_in_turn(outputs: Path) -> Non
     assert any(index.page(1).files[0].path == "0000.png" for _ in range(6))
 
 
+def test_a_huge_folder_rests_but_reported_files_are_never_late(
+    outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("managers.files.index._HUGE", 2)
+    monkeypatch.setattr("managers.files.index._REST", 10**9)
+    for n in range(3):
+        put(outputs, f"{n}.png", at=1_000 + n)
+    index = OutputsIndex(outputs)
+    assert len(index.page(10).files) == 3
+    put(outputs, "late.png", at=2_000)
+    assert [file.path for file in index.page(10).files] == ["2.png", "1.png", "0.png"]
+    assert [file.path for file in index.page(10, only={"late.png"}).files] == ["late.png"]
+    assert index.page(10).files[0].path == "late.png"
+
+
 def test_an_unchanged_folder_is_not_read_again(outputs: Path) -> None:
     """Where nothing can have changed, a listing looks at the folder, not into it."""
     put(outputs, "a.png", at=1000)

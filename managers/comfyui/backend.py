@@ -289,7 +289,7 @@ class Backend:
 
 
 def _without_secrets(message: Message) -> msgspec.Raw:
-    """As it came, but for an error: its traceback has paths of that machine, its inputs whole tensors (PROTOCOL §5)."""
+    """As it came, but for an error: its traceback has paths of that machine, its inputs tensors (PROTOCOL §5)."""
     if not isinstance(message.body, ExecutionError):
         return message.raw
     told = msgspec.structs.replace(

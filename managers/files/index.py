@@ -29,6 +29,9 @@ Key = tuple[int, str]  # (mtime in ns, path): the order, read from its end
 # second change might hide behind the first is read again. Linux ticks every 1-10 ms; whole seconds: FAT or old NFS.
 _TICK_NS = 50_000_000
 _COARSE_TICK_NS = 2_000_000_000
+# Reading the names of a huge folder takes some 70 ms at 100,000 files: it then rests ten times as long, so that a
+# listing is at most that much late. Files that a run has reported are looked at by name and are never late.
+_HUGE, _REST = 20_000, 10
 _RECHECKED = 200  # other files looked at in each listing, about 0.3 ms
 _PLACE_HOLDER = "_output_images_will_be_put_here"  # ComfyUI's repository brings it
 _ABSENT = (FileNotFoundError, NotADirectoryError, PermissionError)
@@ -52,13 +55,14 @@ class IndexPage(Struct, frozen=True):
 class _Folder:
     """What is known of a folder. `entries` has every name in it: the mtime of a file, None for what is not listed."""
 
-    __slots__ = ("entries", "folders", "settled", "stamp")
+    __slots__ = ("entries", "folders", "not_before", "settled", "stamp")
 
     def __init__(self) -> None:
         self.entries: dict[str, int | None] = {}
         self.folders: set[str] = set()
         self.settled = False
         self.stamp: tuple[int, ...] = ()
+        self.not_before = 0  # epoch ns: a huge folder is not read again earlier
 
 
 class OutputsIndex:
@@ -101,6 +105,10 @@ class OutputsIndex:
         if only is None:
             keys: Iterable[Key] = self._order.irange(None, than, inclusive=(True, False), reverse=True)
             return keys
+        for path in only:
+            if self._mtime(path) is None:
+                self._look(*_split(path))  # a run has just written it into a folder that rests
+        self._flush()
         known = ((self._mtime(path), path) for path in only)
         wanted = [(mtime, path) for mtime, path in known if mtime is not None]
         return sorted((key for key in wanted if than is None or key < than), reverse=True)
@@ -126,8 +134,11 @@ class OutputsIndex:
                 continue
             known = self._folders.setdefault(folder, _Folder())
             stamp = (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_ctime_ns)
-            if stamp != known.stamp or not known.settled:
+            if (stamp != known.stamp or not known.settled) and started >= known.not_before:
                 self._read(folder, known)
+                if len(known.entries) > _HUGE:
+                    now = time.time_ns()
+                    known.not_before = now + _REST * (now - started)
                 changed = max(facts.st_mtime_ns, facts.st_ctime_ns)
                 tick = _TICK_NS if changed % 1_000_000_000 else _COARSE_TICK_NS
                 known.stamp, known.settled = stamp, started - changed > tick
