@@ -19,5 +19,8 @@ def new_registry() -> CollectorRegistry:
 
 def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
     """The text of all metrics and its content type: OpenMetrics when `accept` asks for it, else Prometheus text."""
-    encode, content_type = choose_encoder(accept)
+    try:
+        encode, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):  # a version that is no number, or stands in quotes
+        encode, content_type = choose_encoder("")
     return encode(registry), content_type

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from managers.workflows.model import FINAL, MOVES, Priority, Status, rank
+from managers.events.types import Finding
+from managers.workflows.model import FINAL, MOVES, Priority, Status, merged, rank
 
 times = st.integers(min_value=0, max_value=10**13)
 agings = st.integers(min_value=0, max_value=10**6)
@@ -45,3 +46,12 @@ def test_every_status_has_its_moves_and_the_final_ones_have_none() -> None:
 def test_only_what_runs_can_complete_and_only_what_ran_waits_again() -> None:
     assert [status for status in Status if Status.COMPLETED in MOVES[status]] == [Status.RUNNING]
     assert [status for status in Status if Status.QUEUED in MOVES[status]] == [Status.RUNNING]
+
+
+def test_comfyuis_word_replaces_ours_about_the_same_place() -> None:
+    ours = Finding(code="value_not_in_list", message="ours", pointer="/workflow/1/inputs/a", severity="warning")
+    other = Finding(code="value_not_in_list", message="other", pointer="/workflow/2/inputs/a", severity="warning")
+    blocked = Finding(code="execution_blocked", message="x", severity="warning")
+    said = Finding(code="value_not_in_list", message="ComfyUI's", pointer="/workflow/1/inputs/a")
+    assert merged((ours, other), (said,)) == (other, said)
+    assert merged((blocked,), (blocked,)) == (blocked, blocked)

@@ -193,6 +193,12 @@ class Outcome(Struct, frozen=True, kw_only=True):
     node_type: str | None = None
 
 
+def merged(before: tuple[Finding, ...], after: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """What was found at submit, then what the run said; ComfyUI's own word replaces ours about the same place."""
+    said = {(finding.code, finding.pointer) for finding in after if finding.pointer}
+    return tuple(finding for finding in before if (finding.code, finding.pointer) not in said) + after
+
+
 class Filter(Struct, frozen=True, kw_only=True):
     """Which workflows a list shows; `since` is epoch ms of submission, `cursor` what the page before gave."""
 

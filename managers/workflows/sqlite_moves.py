@@ -32,6 +32,7 @@ from managers.workflows.model import (
     Priority,
     Status,
     Workflow,
+    merged,
     rank,
 )
 from managers.workflows.sqlite_rows import (
@@ -120,7 +121,7 @@ def finish(transaction: Transaction, prompt_id: str, outcome: Outcome, now: int)
         nodes=outcome.nodes or workflow.nodes,
         error=outcome.error,
         error_type=outcome.error_type,
-        errors=workflow.errors + outcome.errors,
+        errors=merged(workflow.errors, outcome.errors),
         outputs=outcome.outputs,
         outputs_reused=outcome.outputs_reused,
     )
