@@ -28,6 +28,7 @@ from msgspec import Raw, Struct
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 
+from benchmarks.table import Number, below, told
 from management_api.fast_websocket import FastWebSocketProtocol
 from managers.clock import SystemClock, new_id
 from managers.events.hub import Hub
@@ -279,23 +280,24 @@ async def _measure(folder: Path) -> list[Row]:
         return [Row(name, cost, cost / costs[LIBRARY], *delays[name]) for name, cost in costs.items()]
 
 
-def run() -> list[Row]:
-    """A row for each server."""
+def run() -> list[Number]:
+    """Beside the library, in one process."""
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_measure(Path(folder)))
-
-
-def main() -> None:
-    if len(sys.argv) > 1:
-        uvloop.run(_be_clients(int(sys.argv[1])))
-        return
-    print(f"one event to {SOCKETS} sockets; goals: ratio ≤ 1.00 (hoped for: 0.75), p99 ≤ 20 ms at {PER_SECOND}/s\n")
-    print(f"{'':42} {'CPU a frame':>12} {'ratio':>6} {'p50':>9} {'p99':>9}")
-    for row in run():
-        print(
-            f"{row.server:42} {row.cpu_us_a_frame:9.2f} µs {row.ratio:6.2f} {row.p50_ms:6.1f} ms {row.p99_ms:6.1f} ms"
-        )
+        rows = runner.run(_measure(Path(folder)))
+    numbers = []
+    for row in rows:
+        cpu = f"{SOCKETS} sockets, {row.server}: CPU a frame"
+        times = f"the same: delivery at {PER_SECOND} events a second, p99"
+        if row.server in (LIBRARY, PLAIN):
+            numbers += [told(cpu, f"{row.cpu_us_a_frame:.2f} µs"), told(times, f"{row.p99_ms:.1f} ms")]
+        else:
+            numbers += [
+                told(cpu, f"{row.cpu_us_a_frame:.2f} µs"),
+                below(f"the same ÷ {LIBRARY}", row.ratio, 1.0, "x", digits=2),
+                below(times, row.p99_ms, 20, "ms"),
+            ]
+    return numbers
 
 
 if __name__ == "__main__":
-    main()
+    uvloop.run(_be_clients(int(sys.argv[1])))

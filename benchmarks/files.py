@@ -14,18 +14,11 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from benchmarks.table import Number, below, percentile, told
 from managers.files import Files, FilesConfig, OutputOwner
 
 FILES = 100_000
 GOAL_MS = 50.0
-
-
-class Row(Struct, frozen=True):
-    layout: str
-    what: str
-    listings: int
-    p50_ms: float
-    p95_ms: float
 
 
 class Owner(Struct, frozen=True):
@@ -58,9 +51,9 @@ def _make(root: Path, folders: int) -> list[str]:
     return paths
 
 
-async def _measure(layout: str, root: Path, folders: int) -> list[Row]:
+async def _measure(layout: str, root: Path, folders: int) -> list[Number]:
     files = Files(FilesConfig(outputs=root, models={}), Owners(_make(root, folders)))
-    rows = []
+    numbers: list[Number] = []
 
     async def listing(what: str, times: int, *, add: bool = False, workflow_id: str | None = None) -> None:
         taken = []
@@ -73,10 +66,13 @@ async def _measure(layout: str, root: Path, folders: int) -> list[Row]:
             taken.append((time.perf_counter() - started) * 1000)
             wanted = 40 if workflow_id else 50
             assert len(page.outputs) == wanted
-            # A folder of 100,000 rests between readings: a new file may show a moment later (managers/files/index.py).
+            # A folder of 100,000 rests between readings: a new file may show a moment later (files/index.py).
             assert not add or folders == 1 or page.outputs[0].filename == name
-        taken.sort()
-        rows.append(Row(layout, what, times, taken[len(taken) // 2], taken[int(len(taken) * 0.95)]))
+        name = f"{FILES:,} outputs, {layout}: {what}"
+        if times == 1:
+            numbers.append(told(name, f"{taken[0]:,.0f} ms"))
+        else:
+            numbers.append(below(f"{name}, p95", percentile(taken, 95), GOAL_MS, "ms"))
 
     try:
         await listing("first scan", 1)
@@ -85,23 +81,13 @@ async def _measure(layout: str, root: Path, folders: int) -> list[Row]:
         await listing("one workflow's files", 100, workflow_id="workflow-7")
     finally:
         files.close()
-    return rows
+    return numbers
 
 
-def run() -> list[Row]:
-    """Both layouts, a row for each measurement."""
-    rows = []
+def run() -> list[Number]:
+    """Both layouts."""
+    numbers = []
     for layout, folders in (("one folder", 1), ("1,000 folders", 1000)):
         with tempfile.TemporaryDirectory() as root:
-            rows += asyncio.run(_measure(layout, Path(root), folders))
-    return rows
-
-
-def main() -> None:
-    print(f"{FILES:,} outputs, limit 50; goal after the first scan: p95 < {GOAL_MS:.0f} ms")
-    for row in run():
-        print(f"{row.layout:14} {row.what:26} n={row.listings:<4} p50 {row.p50_ms:8.1f} ms  p95 {row.p95_ms:8.1f} ms")
-
-
-if __name__ == "__main__":
-    main()
+            numbers += asyncio.run(_measure(layout, Path(root), folders))
+    return numbers

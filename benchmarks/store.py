@@ -1,19 +1,18 @@
 """The embedded store alone: what group commit makes of one disk, and whether a long queue slows it.
 
-Run with `python -m benchmarks.store [folder]`; the folder decides which disk is measured. Prints a table of ratios.
+Goal (issue: numbers): submit with its queuePosition, and claim, with 100,000 waiting: p95 within 1.2x of 1,000.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from statistics import median, quantiles
 
+from benchmarks.house import measure_disk
+from benchmarks.table import Number, below, percentile, told
 from managers.clock import SystemClock, new_id
 from managers.workflows.model import NewWorkflow, Priority, rank
 from managers.workflows.sqlite_store import SqliteStore
@@ -40,20 +39,6 @@ def new_workflow(clock: SystemClock) -> NewWorkflow:
     )
 
 
-def bare_inserts_per_second(folder: Path, inserts: int = 1500) -> float:
-    """One row, one fsync, again: what the disk and SQLite allow a program without group commit."""
-    connection = sqlite3.connect(folder / "bare.sqlite3", isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("CREATE TABLE t (id TEXT PRIMARY KEY, graph BLOB)")
-    started = time.perf_counter()
-    for _ in range(inserts):
-        connection.execute("INSERT INTO t VALUES (?, ?)", (new_id(), GRAPH))
-    elapsed = time.perf_counter() - started
-    connection.close()
-    return inserts / elapsed
-
-
 async def with_clients(clients: int, calls: int, call: Callable[[], Awaitable[object]]) -> tuple[float, list[float]]:
     """Calls a second by so many clients, each waiting for its answer, and the seconds each call took."""
     left = iter(range(calls))
@@ -78,7 +63,7 @@ async def fill(store: SqliteStore, waiting: int, clock: SystemClock) -> None:
         await with_clients(512, missing, lambda: store.submit(new_workflow(clock)))
 
 
-async def measure(folder: Path) -> None:
+async def measure(folder: Path) -> list[Number]:
     clock = SystemClock()
     store = SqliteStore(folder / "store", clock=clock, ids=new_id, aging_seconds=AGING_SECONDS)
     await store.open(lambda _: None)
@@ -102,16 +87,19 @@ async def measure(folder: Path) -> None:
         await store.withdraw(prompt_id, clock.now_ms())
         return seconds
 
-    bare = bare_inserts_per_second(folder)
+    bare = measure_disk(folder).commits_per_second
     await with_clients(CLIENTS, 3000, submit)
     commits = store.commits
     rate, seconds = await with_clients(CLIENTS, 20_000, submit)
-    print(f"bare fsynced inserts            {bare:9.0f} /s")
-    print(
-        f"submits, {CLIENTS} clients            {rate:9.0f} /s   {rate / bare:5.2f} x bare"
-        f"   {20_000 / (store.commits - commits):.0f} a commit   p99 {quantiles(seconds, n=100)[98] * 1e3:.1f} ms"
-    )
-    print(f"claim, cancel, close in turn    {(await with_clients(1, 500, claim))[0]:9.0f} /s")
+    numbers = [
+        told("the store alone: bare fsynced inserts", f"{bare:,.0f} /s"),
+        told(
+            f"the store alone: submits, {CLIENTS} clients",
+            f"{rate:,.0f} /s, {rate / bare:.2f} x bare, {20_000 / (store.commits - commits):.0f} a commit,"
+            f" p99 {percentile(seconds, 99) * 1e3:.1f} ms",
+        ),
+        told("the store alone: claim, cancel, close in turn", f"{(await with_clients(1, 500, claim))[0]:,.0f} /s"),
+    ]
     await store.close()
 
     # In turns, so that a slow minute of the machine hits both.
@@ -132,26 +120,22 @@ async def measure(folder: Path) -> None:
             into["claim"] += [await claim_only() for _ in range(25)]
             while one.counts().length > waiting:
                 await claim()
-    print(f"\n{'p50 / p95 in ms':28} {'1,000 waiting':>16} {'100,000 waiting':>16} {'p95 ratio':>10}")
     for what in results["short"]:
-        a, b = (results[name][what] for name in ("short", "long"))
-        p95 = [quantiles(values, n=20)[18] * 1e3 for values in (a, b)]
-        p50 = [median(values) * 1e3 for values in (a, b)]
-        cells = [f"{p50[i]:.2f} / {p95[i]:.2f}" for i in range(2)]
-        print(f"{what:28} {cells[0]:>16} {cells[1]:>16} {p95[1] / p95[0]:10.2f}")
+        few, many = (results[name][what] for name in ("short", "long"))
+        ratio = percentile(many, 95) / percentile(few, 95)
+        numbers.append(below(f"{what}: p95 with 100,000 waiting ÷ with 1,000", ratio, 1.2, "x", digits=2))
+        times = [f"{percentile(one, 50) * 1e3:.2f} / {percentile(one, 95) * 1e3:.2f}" for one in (few, many)]
+        numbers.append(told("the same, p50 / p95", f"{times[0]} ms; {times[1]} ms"))
     for one in (short, long):
         await one.close()
     started = time.perf_counter()
     await long.open(lambda _: None)
-    print(f"\nopen with 100,000 waiting       {time.perf_counter() - started:9.2f} s")
+    numbers.append(told("opening the store with 100,000 waiting", f"{time.perf_counter() - started:.2f} s"))
     await long.close()
+    return numbers
 
 
-def main() -> None:
-    parent = Path(sys.argv[1]) if len(sys.argv) > 1 else Path.cwd()
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".bench-") as folder:
-        asyncio.run(measure(Path(folder)))
-
-
-if __name__ == "__main__":
-    main()
+def run() -> list[Number]:
+    """On the disk of the working folder."""
+    with tempfile.TemporaryDirectory(dir=".", prefix=".bench-") as folder:
+        return asyncio.run(measure(Path(folder).resolve()))

@@ -8,8 +8,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import TypeAlias
 
 Command = Callable[[argparse.Namespace], int]
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001 -- it has no public name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(argv)
     command: Command = given.command
-    return command(given)
+    try:
+        return command(given)
+    except KeyboardInterrupt:
+        return 130
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,15 +37,185 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    serve = commands.add_parser("serve", help="run the service")
-    serve.set_defaults(command=_serve)
+    _add_serve(commands)
+    _add_demo(commands)
+    _add_simulator(commands)
+    _add_submit(commands)
+    _add_config(commands)
+    _add_doctor(commands)
+    _add_backup(commands)
     return parser
 
 
-def _serve(_: argparse.Namespace) -> int:
-    from management_api.commands.serve import run
+def _add(
+    commands: Commands, name: str, run: Command, summary: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\n{dedent(text).strip()}",
+        epilog=f"example:\n{indent(dedent(example).strip(), '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command=run)
+    return parser
 
-    return run()
+
+def _add_serve(commands: Commands) -> None:
+    def run(_: argparse.Namespace) -> int:
+        from management_api.commands.serve import run
+
+        return run()
+
+    _add(
+        commands,
+        "serve",
+        run,
+        "run the service",
+        """
+        Settings come from the environment and from .env in the working directory; `management-api config` shows
+        them all. SIGTERM and Ctrl-C stop it in order, a second one at once: what was accepted is on disk.
+        """,
+        """
+        MANAGEMENT_API_KEY=$(openssl rand -hex 24) COMFYUI_URL=http://127.0.0.1:8188 management-api serve
+        """,
+    )
+
+
+def _add_demo(commands: Commands) -> None:
+    def run(given: argparse.Namespace) -> int:
+        from management_api.commands.demo import run
+
+        return run(given)
+
+    parser = _add(
+        commands,
+        "demo",
+        run,
+        "the service with a simulated ComfyUI, and a picture made while you watch",
+        """
+        On 127.0.0.1 only, with a key and a folder of its own; nothing of the environment or .env is used.
+        """,
+        """
+        management-api demo --once
+        """,
+    )
+    parser.add_argument("--once", action="store_true", help="end after the picture")
+    parser.add_argument("--port", type=int, metavar="N", help="default 9090, or a free one when that is taken")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="where to keep everything (default: a new one)")
+
+
+def _add_simulator(commands: Commands) -> None:
+    from management_api.simulator import __main__ as simulator
+
+    def run(given: argparse.Namespace) -> int:
+        if find_spec("PIL") is None:
+            from management_api.commands.terminal import complain
+
+            return complain("The simulator draws with Pillow: pip install 'comfyui-management-api[simulator]'")
+        return simulator.run(simulator.options(given))
+
+    parser = _add(
+        commands,
+        "simulator",
+        run,
+        "a small stand-in for ComfyUI, for demos and tests",
+        "It speaks ComfyUI's protocol and draws pictures that say they are simulated. It runs no model.",
+        """
+        management-api simulator --port 8188 --directory /tmp/comfyui
+        """,
+    )
+    simulator.arguments(parser)
+
+
+def _add_submit(commands: Commands) -> None:
+    def run(given: argparse.Namespace) -> int:
+        from management_api.commands.submit import run
+
+        return run(given)
+
+    parser = _add(
+        commands,
+        "submit",
+        run,
+        "hand in a workflow, watch it, fetch its files",
+        """
+        The workflow is a graph in API format (ComfyUI: Export (API)). Without --watch, --wait and --out its id is
+        printed and that is all. The key and the address come from MANAGEMENT_API_KEY and MANAGEMENT_API_URL.
+
+        Exit status: 0 completed (or accepted), 1 failed or cancelled, 2 refused, 3 service unreachable,
+        130 interrupted.
+        """,
+        """
+        management-api submit workflow.json --watch --priority high --out pictures
+        """,
+    )
+    parser.add_argument("workflow", help="a JSON file, or - for standard input")
+    parser.add_argument("--watch", action="store_true", help="show its progress to the end")
+    parser.add_argument("--wait", action="store_true", help="wait for the end in silence")
+    parser.add_argument("--priority", choices=("low", "normal", "high"), default="normal")
+    parser.add_argument("--gpu", default="local", metavar="NAME", help="a backend or pool (default: any)")
+    parser.add_argument("--strict", action="store_true", help="refuse what only might run")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="fetch the files into this folder")
+    parser.add_argument("--force", action="store_true", help="replace files that are there already")
+    parser.add_argument("--cancel-on-interrupt", action="store_true", help="Ctrl-C cancels the workflow too")
+    parser.add_argument("--url", help="the service (default: MANAGEMENT_API_URL, or this machine)")
+    parser.add_argument("--key", help="the key; others can see it here, MANAGEMENT_API_KEY is better")
+
+
+def _add_config(commands: Commands) -> None:
+    def run(_: argparse.Namespace) -> int:
+        from management_api.commands.config import run
+
+        return run()
+
+    _add(
+        commands,
+        "config",
+        run,
+        "show the settings in effect",
+        "With where each comes from. Secrets, and passwords in addresses, are masked.",
+        "management-api config | grep COMFYUI",
+    )
+
+
+def _add_doctor(commands: Commands) -> None:
+    def run(_: argparse.Namespace) -> int:
+        from management_api.commands.doctor import run
+
+        return run()
+
+    _add(
+        commands,
+        "doctor",
+        run,
+        "check everything the service needs, and say what to do",
+        """
+        Key, data folder, store, port, clock, folders; and each ComfyUI: does it answer, which version, its socket.
+        It changes nothing. Exit status 1 when something is wrong.
+        """,
+        "management-api doctor",
+    )
+
+
+def _add_backup(commands: Commands) -> None:
+    def run(given: argparse.Namespace) -> int:
+        from management_api.commands.backup import run
+
+        return run(given)
+
+    parser = _add(
+        commands,
+        "backup",
+        run,
+        "a consistent copy of the queue and its records",
+        """
+        May be taken while the service runs. To restore, stop the service and put the copy into its data folder as
+        workflows.sqlite3, without the files workflows.sqlite3-wal and -shm that lie there.
+        """,
+        "management-api backup /backups/workflows-$(date +%F).sqlite3",
+    )
+    parser.add_argument("file", type=Path, help="must not exist yet")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ Must never let a decoder's own error out: everything that is wrong with a body i
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
 from litestar.exceptions import HTTPException
+from msgspec import Struct
 
 from managers.errors import InvalidRequest
 from managers.events.types import Finding
@@ -45,7 +47,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         body.decode()  # msgspec leaves the text inside a `Raw` unread
         return decoder.decode(body)
     except msgspec.ValidationError as error:
-        raise InvalidRequest(*_at(str(error))) from None
+        raise InvalidRequest(*_at(str(error), decoder.type)) from None
     except msgspec.DecodeError as error:
         message = f"The body is not valid JSON: {error}"
     except UnicodeDecodeError:
@@ -74,8 +76,19 @@ def finding(message: str, where: str) -> Finding:
     return Finding(code="invalid_value", message=message, pointer=where)
 
 
-def _at(text: str) -> tuple[str, list[Finding]]:
+def _at(text: str, kind: Any) -> tuple[str, list[Finding]]:
     place = _PLACE.match(text)
     found = finding(place["message"], pointer(place["path"])) if place else finding(text, "")
+    allowed = _allowed(kind, found.pointer)
+    if allowed:
+        message = f"{found.message}; known: {', '.join(allowed)}"
+        found = msgspec.structs.replace(found, message=message, allowed=allowed)
     start = f"{found.pointer}: " if found.pointer else "The body is not what was expected: "
     return start + found.message, [found]
+
+
+def _allowed(kind: Any, where: str) -> list[str]:
+    """The names to choose from, where the field at this place of the body has a list of them."""
+    fields = msgspec.structs.fields(kind) if isinstance(kind, type) and issubclass(kind, Struct) else ()
+    kinds = [field.type for field in fields if f"/{field.encode_name}" == where]
+    return [str(one.value) for kind in kinds if isinstance(kind, type) and issubclass(kind, Enum) for one in kind]

@@ -11,21 +11,24 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
+import uvicorn
 from websockets.asyncio.client import ClientConnection, connect
 
 from management_api.app import Application, create_app
-from management_api.logging import SILENT, Logs
-from management_api.settings import Settings
-from tests.serving import DEADLINE, KEY, SettingsMaker, serve
+from management_api.settings import load
+from tests.serving import DEADLINE, KEY
 from tests.simulator_process import end, start_simulator
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,7 @@ PATIENCE = 20
 Graph = dict[str, Any]
 View = dict[str, Any]
 
+_PLAIN: dict[str, Any] = {"verify": False, "trust_env": False}  # building a TLS context takes 50 ms
 _colors = itertools.count(uuid.uuid4().int % 8_000_000)
 
 
@@ -94,11 +98,11 @@ class Comfy:
         self.process.send_signal(signal.SIGCONT)
 
     async def get(self, path: str) -> Any:
-        async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=5, **_PLAIN) as client:
             return (await client.get(path)).raise_for_status().json()
 
     async def post(self, path: str, body: Any) -> Any:
-        async with httpx.AsyncClient(base_url=self.url, timeout=5) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=5, **_PLAIN) as client:
             reply = (await client.post(path, json=body)).raise_for_status()
             return reply.json() if reply.content else None
 
@@ -228,10 +232,11 @@ class Queue:
         return found
 
     async def kinds(self, workflow_id: str) -> list[str]:
-        """The types of its stored events, without `workflow:`."""
-        return [event["type"].removeprefix("workflow:") for event in await self.events(workflow_id)]
+        """What became of it: the types of its stored events `workflow:*`, without that."""
+        kinds = [event["type"] for event in await self.events(workflow_id)]
+        return [kind.removeprefix("workflow:") for kind in kinds if kind.startswith("workflow:")]
 
-    async def follow(self, workflow_id: str, last: int | None = None) -> AsyncIterator[dict[str, Any]]:
+    async def follow(self, workflow_id: str, last: int | None = None) -> AsyncGenerator[dict[str, Any], None]:
         """Its stored events as they come, until it ends."""
         headers = {"accept": "text/event-stream"} | ({} if last is None else {"last-event-id": str(last)})
         async with self.client.stream("GET", f"{PATH}/{workflow_id}/events", headers=headers) as reply:
@@ -249,7 +254,7 @@ class Queue:
     async def until(self, workflow_id: str, kind: str, **fields: Any) -> dict[str, Any]:
         """The first stored event of this kind (`started`, `error`, …) with these fields."""
         async with asyncio.timeout(PATIENCE):
-            async with contextlib.aclosing(self.follow(workflow_id)) as events:  # type: ignore[type-var]
+            async with contextlib.aclosing(self.follow(workflow_id)) as events:
                 async for event in events:
                     right = all(event.get(name) == value for name, value in fields.items())
                     if event["type"] == f"workflow:{kind}" and right:
@@ -320,15 +325,54 @@ class House(Queue):
 
 
 @contextlib.asynccontextmanager
-async def house(settings: Settings, logs: Logs = SILENT) -> AsyncIterator[House]:
-    """A running service. Leaving the block stops it as a shutdown does."""
-    app = create_app(settings, logs=logs)
-    async with serve(app) as port:
-        url = f"http://127.0.0.1:{port}"
-        async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": KEY}, timeout=DEADLINE) as client:
-            found = House(client, url)
-            found.app = app
-            yield found
+async def house(app: Application) -> AsyncIterator[House]:
+    """A running service. Leaving the block stops it as a shutdown does; the app can be started again."""
+    # With the protocol named asyncio sets TCP_NODELAY; else each reply would wait 40 ms for an acknowledgement.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="management_api.fast_websocket:FastWebSocketProtocol",
+            ws_per_message_deflate=False,
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=2,
+        )
+        # What `serve` does, without its ticks of 0.1 s.
+        config.load()
+        server = uvicorn.Server(config)
+        server.lifespan = config.lifespan_class(config)
+        await server.startup(sockets=[listener])
+        assert server.started
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            async with httpx.AsyncClient(
+                base_url=url, headers={"X-API-Key": KEY}, timeout=DEADLINE, **_PLAIN
+            ) as client:
+                found = House(client, url)
+                found.app = app
+                yield found
+        finally:
+            for services in app.running:
+                await services.close_doors()
+            await server.shutdown(sockets=[listener])
+
+
+class Site:
+    """An app made once for a file of tests, started again for each of them on an empty data folder: quicker."""
+
+    def __init__(self, folder: Path, comfy: Comfy | None = None, **environ: str) -> None:
+        self.data = folder / "data"
+        self._app = create_app(load(environment(folder, comfy, **environ), None))
+
+    @contextlib.asynccontextmanager
+    async def fresh(self) -> AsyncIterator[House]:
+        """Started, with nothing in it."""
+        shutil.rmtree(self.data, ignore_errors=True)
+        async with house(self._app) as service:
+            yield service
 
 
 def environment(tmp_path: Path, comfy: Comfy | None = None, **environ: str) -> dict[str, str]:
@@ -357,19 +401,10 @@ class Child(Queue):
 
 @contextlib.asynccontextmanager
 async def child(environ: dict[str, str]) -> AsyncIterator[Child]:
-    """A service process; killed at the end of the block if it still lives."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.service_process"],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environ},
-    )
+    """`management-api serve` on a free port; killed at the end of the block if it still lives."""
+    url, process = await asyncio.to_thread(_serve, environ)
     try:
-        assert process.stdout is not None
-        url = (await asyncio.to_thread(process.stdout.readline)).strip()
-        assert url.startswith("http://"), "the service did not start"
-        async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": KEY}, timeout=DEADLINE) as client:
+        async with httpx.AsyncClient(base_url=url, headers={"X-API-Key": KEY}, timeout=DEADLINE, **_PLAIN) as client:
             found = Child(client, url)
             found.process = process
             yield found
@@ -377,7 +412,27 @@ async def child(environ: dict[str, str]) -> AsyncIterator[Child]:
         end(process)
 
 
-__all__ = [
-    "PATH", "PATIENCE", "WORKFLOWS", "Child", "Comfy", "Graph", "House", "Queue", "SettingsMaker", "Stream", "View",
-    "child", "comfy", "environment", "house", "picture", "sleeper", "workflow",
-]  # fmt: skip
+def _serve(environ: dict[str, str]) -> tuple[str, subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "management_api", "serve"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LOG_FORMAT": "json", "LOG_LEVEL": "info", **environ},
+        cwd=environ["MANAGEMENT_API_DATA_DIR"],  # no .env there
+    )
+    log = process.stderr
+    assert log is not None
+    told = []
+    for line in log:
+        told.append(line)
+        entry = json.loads(line) if line.startswith("{") else {}
+        if entry.get("event") == "ready":
+            threading.Thread(target=_drain, args=(log,), daemon=True).start()  # a full pipe would stop it
+            return str(entry["url"]), process
+    end(process)
+    raise AssertionError(f"the service did not start: {''.join(told)}")
+
+
+def _drain(log: IO[str]) -> None:
+    with log:
+        log.read()

@@ -14,26 +14,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
 import uvloop
 
 from management_api import __version__
-from management_api.app import Application, create_app
+from management_api.commands.listener import CannotStart, bind, cannot_listen, url_of
 from management_api.commands.terminal import complain
 from management_api.logging import configure
 from management_api.settings import Settings, SettingsError, load
 from managers.errors import ManagerError
 
+if TYPE_CHECKING:
+    from management_api.app import Application
+
 _LAST_SECONDS = 1.0
 """Of the time for stopping, what is kept for the managers after the last request."""
 
 log = structlog.get_logger(__name__)
-
-
-class CannotStart(Exception):
-    """The service cannot start; the message is one line for the operator."""
 
 
 def run() -> int:
@@ -42,12 +42,14 @@ def run() -> int:
         settings = load(os.environ, Path(".env"))
     except SettingsError as error:
         return complain(str(error))
+    from management_api.app import create_app
+
     logs = configure(settings.log.level, settings.log.format, secrets=(settings.api.key,))
     status = 0
     try:
         with bind(settings.api.host, settings.api.port) as listener:
             app = create_app(settings, logs=logs)
-            uvloop.run(serve(app, listener, asyncio.Event(), lambda url: _announce(settings, url)))
+            uvloop.run(serve(app, listener, asyncio.Event()))
     except* (CannotStart, ManagerError) as group:  # the framework starts the managers in a task group
         status = complain(reason(group))
     return status
@@ -60,35 +62,10 @@ def reason(error: BaseException) -> str:
     return str(error)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Take the address, without listening yet: who connects before the service is ready is refused.
-
-    Raises `CannotStart`.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:
-        raise CannotStart(f"MANAGEMENT_API_HOST={host!r} is no address of this machine: {error}") from None
-    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise CannotStart(_cannot_listen(host, port, error)) from None
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where a client on this machine finds it."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 -- compared, not bound
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-async def serve(app: Application, listener: socket.socket, stop: asyncio.Event, ready: Callable[[str], None]) -> None:
-    """Start the managers, listen, call `ready` with the URL; stop when `stop` is set or a signal comes.
+async def serve(
+    app: Application, listener: socket.socket, stop: asyncio.Event, ready: Callable[[], object] = lambda: None
+) -> None:
+    """Start the managers, listen, call `ready`; stop when `stop` is set or a signal comes.
 
     Raises `CannotStart`, and what the managers raise when they cannot start.
     """
@@ -108,12 +85,12 @@ class Server(uvicorn.Server):
         app: Application,
         listener: socket.socket,
         stop: asyncio.Event,
-        ready: Callable[[str], None],
+        ready: Callable[[], object],
     ) -> None:
         self._seconds = app.base.settings.api.shutdown_seconds
         super().__init__(
             uvicorn.Config(
-                app,  # type: ignore[arg-type]  # the same protocol, typed twice
+                app,
                 http="httptools",
                 loop="none",
                 lifespan="off",
@@ -139,9 +116,10 @@ class Server(uvicorn.Server):
         try:
             await super().startup(sockets)
         except OSError as error:
-            raise CannotStart(_cannot_listen(host, port, error)) from None
+            raise CannotStart(cannot_listen(host, port, error)) from None
         if not self._stop.is_set():
-            self._ready(url_of(self._listener))
+            _announce(self._app.base.settings, url_of(self._listener))
+            self._ready()
 
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s: whether to end."""
@@ -197,11 +175,6 @@ def _announce(settings: Settings, url: str) -> None:
         backends=shown["COMFYUI_BACKENDS"],
         docs=f"{url}/docs",
     )
-
-
-def _cannot_listen(host: str, port: int, error: OSError) -> str:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return f"Cannot listen on {address}: {error.strerror or error}. Choose another with MANAGEMENT_API_PORT"
 
 
 def _end() -> None:

@@ -7,7 +7,6 @@ When the task is cancelled the prompt is left to ComfyUI: the attempt stays open
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
 from urllib.parse import quote, urlencode
@@ -91,6 +90,10 @@ class Sink(Protocol):
         """ComfyUI executes it since `start_time` (epoch ms)."""
         ...
 
+    def ended(self) -> None:
+        """ComfyUI executes it no more; the verdict follows."""
+        ...
+
     def produced(self, node_id: str, outputs: tuple[Output, ...]) -> None:
         """A node has written outputs."""
         ...
@@ -106,6 +109,7 @@ class AttemptRun:
     def __init__(self, backend: Backend, job: Job, sink: Sink) -> None:
         self.job = job
         self.started = job.start_time is not None
+        self.ended = False
         self._backend = backend
         self._sink = sink
         self._tracker = Tracker(job.workflow_id, job.nodes)
@@ -113,6 +117,7 @@ class AttemptRun:
         self._start_time = job.start_time
         self._deadline: float | None = None
         self._signals: set[Signal] = set()
+        self._measured: tuple[list[Output], tuple[Output, ...]] = [], ()
 
     def tell(self, signal: Signal) -> None:
         """WITHDRAW: take it back if it has not started. CANCEL: take it away in any case."""
@@ -167,6 +172,9 @@ class AttemptRun:
         body = message.body
         self._feed(message)
         if isinstance(body, Executing) and body.node is None:
+            if self.started:
+                self.ended = True
+                self._sink.ended()
             return await self._read_end()
         return None
 
@@ -381,10 +389,14 @@ class AttemptRun:
 
     async def _read_end(self) -> Verdict | None:
         """`executing null` came: the history entry is there now (PROTOCOL §1.4)."""
-        try:
-            entry = await self._backend.client.history(self.job.prompt_id)
-        except BackendUnavailable:
-            return None
+        seen = [output for outputs in self._tracker.evidence.outputs.values() for output in outputs]
+        async with asyncio.TaskGroup() as tasks:
+            measuring = tasks.create_task(self._backend.measure(seen))
+            try:
+                entry = await self._backend.client.history(self.job.prompt_id)
+            except BackendUnavailable:
+                return None
+        self._measured = seen, measuring.result()
         return await self._ended(entry) if entry is not None else await self._look()
 
     async def _ended(self, entry: HistoryEntry) -> Verdict:
@@ -404,9 +416,11 @@ class AttemptRun:
         outputs = [output for node_outputs in seen.outputs.values() for output in node_outputs]
         return await self._conclude(End(seen.verdict, seen.started, seen.ended, (), seen.error), outputs)
 
-    async def _conclude(self, end: End, found: Iterable[Output]) -> Verdict:
+    async def _conclude(self, end: End, found: list[Output]) -> Verdict:
         job, clock = self.job, self._backend.clock
-        outputs = await self._backend.measure(list(found))
+        seen, outputs = self._measured
+        if found != seen:
+            outputs = await self._backend.measure(found)
         outputs = tuple(
             msgspec.structs.replace(output, url=output_url(job.workflow_id, n)) if output.filename else output
             for n, output in enumerate(outputs)

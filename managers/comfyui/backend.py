@@ -262,6 +262,8 @@ class Backend:
                     self.queue_remaining = frame.body.status.exec_info.queue_remaining
                 case ExecutionStart() | Executing(node=str()) if prompt_id is not None:
                     self._executing = prompt_id
+                    if prompt_id not in self._inboxes:
+                        self._greet.set()  # a POST that came late: sweep
                 case _:
                     pass
             self._tell(frame.type, prompt_id, _without_secrets(frame))

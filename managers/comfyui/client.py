@@ -1,4 +1,5 @@
-"""ComfyUI over HTTP: one typed call for each endpoint we use (PROTOCOL §2), behind one httpx client a backend.
+"""ComfyUI over HTTP: one typed call for each endpoint we use (PROTOCOL §2). Files and /object_info by httpx, the
+small questions of the queue by `channel`.
 
 Must never retry: whether a call may be made twice is known to `backend`, not here (POST /prompt is not idempotent).
 """
@@ -14,6 +15,7 @@ import httpx
 import msgspec
 from msgspec import Raw, Struct
 
+from managers.comfyui.channel import Answer, Channel, NoAnswer, NotSent
 from managers.comfyui.protocol import HistoryEntry, PromptAccepted, Queue, SystemStats
 from managers.errors import BackendUnavailable
 
@@ -21,7 +23,7 @@ T = TypeVar("T")
 
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 # ComfyUI validates the whole graph before it answers, and a server collecting its garbage stalls (PROTOCOL §9).
-_POST_TIMEOUT = httpx.Timeout(30.0, connect=5.0)
+_POST_SECONDS = 30.0
 _OBJECT_INFO_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 
 
@@ -42,6 +44,7 @@ class ComfyUIClient:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self._channel = Channel(self.url)
         self._http = httpx.AsyncClient(
             base_url=self.url,
             timeout=_TIMEOUT,
@@ -52,6 +55,7 @@ class ComfyUIClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
+        self._channel.close()
         await self._http.aclose()
 
     async def post_prompt(
@@ -69,26 +73,24 @@ class ComfyUIClient:
             }
         )
         try:
-            reply = await self._http.post(
-                "/prompt", content=body, headers={"content-type": "application/json"}, timeout=_POST_TIMEOUT
-            )
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
-        except httpx.HTTPError as error:
-            raise Unanswered(_reason(error)) from error
-        if reply.status_code == 200:
+            reply = await self._channel.ask("POST", "/prompt", body, seconds=_POST_SECONDS)
+        except NotSent as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {error}") from error
+        except NoAnswer as error:
+            raise Unanswered(str(error)) from error
+        if reply.status == 200:
             try:
                 return msgspec.json.decode(reply.content, type=PromptAccepted, strict=False)
             except msgspec.DecodeError as error:
                 raise Unanswered("the answer to POST /prompt was not understood") from error
-        if reply.status_code >= 500:
+        if reply.status >= 500:
             # A 500 may have queued the entry nevertheless (PROTOCOL §1.10).
-            raise Unanswered(f"POST /prompt answered {reply.status_code}")
+            raise Unanswered(f"POST /prompt answered {reply.status}")
         try:
             parsed = json.loads(reply.content)
         except ValueError:
             parsed = None
-        return Rejected(reply.status_code, parsed, reply.text[:2000])
+        return Rejected(reply.status, parsed, reply.content.decode(errors="replace")[:2000])
 
     async def queue(self) -> Queue:
         """What runs and what waits there, other people's prompts too."""
@@ -120,7 +122,11 @@ class ComfyUIClient:
         path = (
             "/object_info" if class_type is None else f"/object_info/{httpx.URL(path=class_type).raw_path.decode()}"
         )
-        return (await self._answer("GET", path, timeout=_OBJECT_INFO_TIMEOUT)).content
+        try:
+            reply = await self._http.get(path, timeout=_OBJECT_INFO_TIMEOUT)
+        except httpx.HTTPError as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
+        return _good(Answer(reply.status_code, reply.content), "GET", path)
 
     @asynccontextmanager
     async def view(
@@ -143,23 +149,26 @@ class ComfyUIClient:
             await reply.aclose()
 
     async def _get(self, path: str, kind: type[T]) -> T:
-        reply = await self._answer("GET", path)
+        content = await self._ask("GET", path)
         try:
-            return msgspec.json.decode(reply.content, type=kind, strict=False)
+            return msgspec.json.decode(content, type=kind, strict=False)
         except msgspec.DecodeError as error:
             raise BackendUnavailable(f"ComfyUI's answer to GET {path.split('/')[1]} was not understood") from error
 
     async def _post(self, path: str, body: dict[str, Any]) -> None:
-        await self._answer("POST", path, content=msgspec.json.encode(body))
+        await self._ask("POST", path, msgspec.json.encode(body))
 
-    async def _answer(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def _ask(self, method: str, path: str, body: bytes | None = None) -> bytes:
         try:
-            reply = await self._http.request(method, path, **kwargs)
-        except httpx.HTTPError as error:
-            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
-        if reply.status_code != 200:
-            raise BackendUnavailable(f"ComfyUI answered {reply.status_code} to {method} {path}")
-        return reply
+            return _good(await self._channel.ask(method, path, body), method, path)
+        except (NotSent, NoAnswer) as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {error}") from error
+
+
+def _good(answer: Answer, method: str, path: str) -> bytes:
+    if answer.status != 200:
+        raise BackendUnavailable(f"ComfyUI answered {answer.status} to {method} {path}")
+    return answer.content
 
 
 def _reason(error: Exception) -> str:

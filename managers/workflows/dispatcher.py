@@ -26,7 +26,7 @@ from managers.events.types import (
     Output,
     WorkflowProgress,
 )
-from managers.workflows.model import ANY_BACKEND, AttemptState, Claimed, Outcome, Status
+from managers.workflows.model import ANY_BACKEND, AttemptState, Claimed, Outcome, Status, Workflow
 from managers.workflows.store import WorkflowStore
 
 log = structlog.get_logger(__name__)
@@ -86,6 +86,7 @@ class Dispatcher:
         self._wake = asyncio.Event()
         self._draining = False
         self._claiming = False
+        self._expecting = False
         self._doomed: set[str] = set()  # cancelled while a claim was on its way, which may have taken them
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -108,6 +109,14 @@ class Dispatcher:
         """Something waits, or may: look again."""
         self._wake.set()
 
+    def expect(self) -> bool:
+        """A workflow is about to be stored. With nothing in hand its claim can share that commit; whether it will."""
+        if self._slots or self._claiming or self._draining or not self.backend.up:
+            return False
+        self._expecting = True
+        self.wake()
+        return True
+
     def drain(self) -> None:
         """Take no new work."""
         self._draining = True
@@ -126,6 +135,13 @@ class Dispatcher:
                 slot.cancelled = True
                 slot.run.tell(Signal.CANCEL)
 
+    def moved(self, workflow: Workflow) -> None:
+        """It waits at another place now, perhaps behind others although it was posted ahead."""
+        for slot in self._slots.values():
+            if slot.claimed.workflow.id == workflow.id:
+                slot.place = (workflow.rank, workflow.number)
+        self.wake()
+
     @property
     def busy(self) -> bool:
         """A workflow of ours is in this ComfyUI."""
@@ -141,14 +157,15 @@ class Dispatcher:
     async def _fill(self) -> None:
         while self.backend.up and not self._draining:
             waiting = self._store.next_in_line(self.pools)
-            if waiting is None:
+            expecting, self._expecting = self._expecting and not self._slots, False
+            if waiting is None and not expecting:
                 return
             ahead = next((slot for slot in self._slots.values() if not slot.run.started), None)
             if ahead is not None:
-                if waiting < ahead.place and not ahead.cancelled:
+                if waiting is not None and waiting < ahead.place and not ahead.cancelled:
                     ahead.run.tell(Signal.WITHDRAW)
                 return
-            if self._slots and not self._may_prefetch():
+            if not self._may_claim():
                 return
             self._claiming = True
             try:
@@ -166,12 +183,14 @@ class Dispatcher:
                 return
             self._begin(claimed, posted=False, cancelled=claimed.workflow.id in doomed)
 
-    def _may_prefetch(self) -> bool:
-        return (
-            self._config.prefetch
+    def _may_claim(self) -> bool:
+        """Nothing of ours is in this ComfyUI, or only what executes and may get a neighbour."""
+        there = [slot for slot in self._slots.values() if not slot.run.ended]
+        return not there or (
+            len(there) == 1
+            and self._config.prefetch
             and self.backend.interrupts_by_id
-            and len(self._slots) < 2
-            and not any(slot.cancelled for slot in self._slots.values())
+            and not any(slot.cancelled for slot in there)
         )
 
     def _begin(self, claimed: Claimed, *, posted: bool, cancelled: bool = False) -> None:
@@ -188,6 +207,7 @@ class Dispatcher:
             verdict = await self._verdict(slot)
             if verdict.result is Result.WITHDRAWN and verdict.error:
                 await asyncio.sleep(_UNREACHABLE_SECONDS)
+            slot.over = True
             await self._until_stored(lambda: self._settle(slot, verdict))
         finally:
             del self._slots[prompt_id]
@@ -274,8 +294,10 @@ class _Slot:
     def __init__(self, dispatcher: Dispatcher, claimed: Claimed, *, posted: bool) -> None:
         self.claimed = claimed
         self.cancelled = False
+        self.over = False
         self.place = (claimed.workflow.rank, claimed.workflow.number)
         self._dispatcher = dispatcher
+        self._starting = False
         self._nodes = dispatcher._describe(claimed.graph)  # noqa: SLF001  # a part of the dispatcher
         self.run = self._new_run(posted=posted)
 
@@ -302,9 +324,23 @@ class _Slot:
 
     def started(self, start_time: int) -> None:
         """Write the start, and see whether another may be posted ahead now."""
-        dispatcher = self._dispatcher
-        dispatcher.note(dispatcher._store.start(self.claimed.attempt.prompt_id, start_time))  # noqa: SLF001
-        dispatcher.wake()
+        self._starting = True
+        self._dispatcher.note(self._write_start(start_time))
+        self._dispatcher.wake()
+
+    async def _write_start(self, start_time: int) -> None:
+        """Progress is told when workflow:started has been: it waits for the disk, the latest of it."""
+        try:
+            await self._dispatcher._store.start(self.claimed.attempt.prompt_id, start_time)  # noqa: SLF001
+        finally:
+            self._starting = False
+            progress = self._dispatcher._live.get(self.claimed.workflow.id)  # noqa: SLF001
+            if progress is not None and not self.over:
+                self.publish(progress)
+
+    def ended(self) -> None:
+        """The next may go there while the verdict of this one is read and written."""
+        self._dispatcher.wake()
 
     def produced(self, node_id: str, outputs: tuple[Output, ...]) -> None:
         """Tell of outputs as they appear; the verdict's list is the one that counts."""
@@ -323,6 +359,8 @@ class _Slot:
             return
         if isinstance(event, WorkflowProgress):
             self._dispatcher._live[self.claimed.workflow.id] = event  # noqa: SLF001
+            if self._starting:
+                return
         self._dispatcher._events.publish(event)  # noqa: SLF001
 
 

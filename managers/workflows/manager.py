@@ -175,6 +175,9 @@ class WorkflowManager:
         checked, node_total = await self._check(submission, strict=strict)
         if strict and checked.findings:
             raise InvalidWorkflow("The workflow has errors, and strict handling was asked for", checked.findings)
+        failure = _failure(checked.findings)
+        if failure is None:
+            any(self._dispatchers[name].expect() for name in self._eligible(submission.gpu))
         now = self._clock.now_ms()
         return await self.store.submit(
             NewWorkflow(
@@ -189,7 +192,7 @@ class WorkflowManager:
                 timeout_seconds=submission.timeout_seconds or self._config.timeout_seconds,
                 metadata=submission.metadata,
                 errors=tuple(checked.findings),
-                failure=_failure(checked.findings),
+                failure=failure,
                 node_total=node_total,
                 retry_of=retry_of,
             ),
@@ -308,7 +311,8 @@ class WorkflowManager:
     async def set_priority(self, workflow_id: str, priority: Priority) -> WorkflowView:
         """Raises `NotFound`, and `Conflict` when it waits no more."""
         workflow = await self.store.set_priority(workflow_id, priority)
-        self._wake()
+        for dispatcher in self.dispatchers:
+            dispatcher.moved(workflow)
         return self.view(workflow)
 
     async def set_paused(self, paused: bool) -> QueueCounts:

@@ -116,6 +116,7 @@ def finish(transaction: Transaction, prompt_id: str, outcome: Outcome, now: int)
     after = replace(
         workflow,
         status=outcome.status,
+        start_time=workflow.start_time if outcome.start_time is None else outcome.start_time,
         completion_time=outcome.completion_time,
         progress=100 if completed else outcome.progress if outcome.progress is not None else workflow.progress,
         nodes=outcome.nodes or workflow.nodes,
@@ -284,7 +285,7 @@ def _move_attempt(
     error: str | None = None,
     error_type: ErrorType | None = None,
 ) -> None:
-    start_time = attempt.start_time if attempt.start_time is not None else start_time
+    start_time = attempt.start_time if start_time is None else start_time
     transaction.execute(
         sql.UPDATE_ATTEMPT,
         (state.value, start_time, end_time, error, error_type, attempt.prompt_id, attempt.state.value),

@@ -45,6 +45,7 @@ R = TypeVar("R")
 
 READERS = 3
 _LONG = 65_536  # bytes of JSON: packing more than that would hold up the event loop
+_LONG_PACKED = 16_384  # bytes of such a pack: unpacking more would
 
 
 class SqliteStore:
@@ -88,11 +89,18 @@ class SqliteStore:
         claimed = await self._write(
             sqlite_moves.claim, backend=backend, pools=tuple(pools), prompt_id=prompt_id, now=now
         )
-        return None if claimed is None else await self._in_thread(sqlite_moves.unpacked, claimed)
+        if claimed is None:
+            return None
+        if len(claimed.graph) + len(claimed.extra_data or b"") > _LONG_PACKED:
+            return await self._in_thread(sqlite_moves.unpacked, claimed)
+        return sqlite_moves.unpacked(claimed)
 
     async def start(self, prompt_id: str, start_time: int) -> Workflow | None:
         """See the port."""
-        return await self._write(sqlite_moves.start, prompt_id, start_time, self._clock.now_ms())
+        now = self._clock.now_ms()
+        return await self._open_writer().run(
+            lambda transaction: sqlite_moves.start(transaction, prompt_id, start_time, now), patient=True
+        )
 
     async def finish(self, prompt_id: str, outcome: Outcome) -> Workflow | None:
         """See the port."""
@@ -171,8 +179,9 @@ class SqliteStore:
 
     async def first_seq(self) -> int:
         """See the port."""
+        none_kept = self._last_seq + 1  # before the read: what is committed during it is kept
         first = await self._read(sqlite_reads.first_seq)
-        return self._last_seq + 1 if first is None else first
+        return none_kept if first is None else first
 
     async def events_after(self, seq: int, limit: int) -> Sequence[StoredFrame]:
         """See the port."""
@@ -184,7 +193,7 @@ class SqliteStore:
 
     async def append(self, event: StoredEvent) -> None:
         """See the port."""
-        await self._write(sqlite_house.append, event)
+        await self._open_writer().run(lambda transaction: sqlite_house.append(transaction, event), patient=True)
 
     # ---- outputs
 

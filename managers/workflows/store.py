@@ -79,8 +79,8 @@ class WorkflowStore(EventLog, Protocol):
     async def finish(self, prompt_id: str, outcome: Outcome) -> Workflow | None:
         """The attempt ENDED: the workflow takes the outcome, its outputs and its event, if it is still live.
 
-        A start nobody saw is written first (`outcome.start_time`). None when the workflow was final already or the
-        attempt no longer open.
+        A start nobody saw is written first; `outcome.start_time` is ComfyUI's word and stands. None when the
+        workflow was final already or the attempt no longer open.
         """
         ...
 
