@@ -6,7 +6,7 @@ The only place where a manager meets another. Must never hold a rule of its own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -26,6 +26,7 @@ from managers.files import MODEL_TYPES, Files, FilesConfig, OutputOwner
 from managers.workflows.dispatcher import Dispatcher, DispatcherConfig
 from managers.workflows.manager import QueueConfig, WorkflowManager
 from managers.workflows.outputs import OutputDoor
+from managers.workflows.retention import Retention, RetentionConfig
 from managers.workflows.sqlite_store import SqliteStore
 from managers.workflows.store import WorkflowStore
 from metrics.house import HouseMetrics
@@ -111,7 +112,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         service=ServiceInfo(
             version=__version__, started=clock.monotonic(), clock=clock, metrics_auth=settings.api.metrics_auth
         ),
-        ready_state=Readiness(workflows),
+        ready_state=Readiness(workflows, store.check),
         registry=base.registry,
         workflows=workflows,
         hub=hub,
@@ -133,8 +134,10 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         clock=clock,
         active_tasks=services.ready_state.active_tasks,
     )
+    retention = Retention(RetentionConfig(days=settings.api.retention), store, clock)
     work = [
-        asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers
+        *(asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers),
+        asyncio.create_task(retention.run(), name="retention"),
     ]
     try:
         yield services
@@ -176,8 +179,9 @@ async def _keep(dispatcher: Dispatcher) -> None:
 class Readiness:
     """What `/ready` tells."""
 
-    def __init__(self, workflows: WorkflowManager) -> None:
+    def __init__(self, workflows: WorkflowManager, check: Callable[[], Awaitable[None]]) -> None:
         self._workflows = workflows
+        self._check = check
 
     def active_tasks(self) -> int:
         """Tasks come with their own manager; workflows are not tasks."""
@@ -187,7 +191,7 @@ class Readiness:
         """The store is asked, ComfyUI is only remembered."""
         store: str = "ok"
         try:
-            await self._workflows.store.first_seq()
+            await self._check()
         except StoreUnavailable:
             store = "failing"
         up = any(dispatcher.backend.up for dispatcher in self._workflows.dispatchers)

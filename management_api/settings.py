@@ -38,12 +38,13 @@ class ModelFolders(Struct, frozen=True):
 
 
 class ApiSettings(Struct, frozen=True):
-    """The service's own doors. `max_body` in bytes; `rate_limit` None is off."""
+    """The service's own doors. `max_body` in bytes, `retention` in days; `rate_limit` None is off."""
 
     key: str
     host: str
     port: int
     data_dir: Path
+    retention: int
     rate_limit: str | None
     rate_limit_allow: tuple[Network, ...]
     trusted_proxies: tuple[Network, ...]
@@ -116,6 +117,7 @@ _VARIABLES = (
     ("PORT", "port", values.whole(0, 65535), "9090", "The port to listen on; 0 takes a free one."),
     ("HOST", "host", values.host, _HOST, "The address to listen on."),
     ("DATA_DIR", "data_dir", values.folder, None, "Where the queue and its records are kept."),
+    ("RETENTION", "retention", values.whole(0, 36500), "30", "Days that ended workflows are kept; 0: for ever."),
     ("RATE_LIMIT", "rate_limit", values.rate, "100/minute", "Requests and upgrades of one client; `off`: no limit."),
     ("RATE_LIMIT_ALLOW", "rate_limit_allow", values.networks, "", "Addresses and networks that are not limited."),
     ("TRUSTED_PROXIES", "trusted_proxies", values.networks, "", "Networks whose `X-Forwarded-For` is believed."),

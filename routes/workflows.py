@@ -21,11 +21,11 @@ from managers.workflows.model import ANY_BACKEND, Filter, IdempotencyKey, Priori
 from managers.workflows.views import WorkflowView
 from routes.bodies import read_json
 from routes.ids import UUID, known
+from routes.preferences import Preferences, preferences
 from routes.problems import documented, problems
 from routes.sse import event_stream
 
 PATH = "/v1/comfyui/workflow"
-_MAX_WAIT_SECONDS = 300
 _MAX_METADATA_BYTES = 4096
 WorkflowId = Annotated[str, Meta(pattern=UUID)]
 
@@ -79,32 +79,6 @@ class EventsReply(Struct, frozen=True, rename="camel"):
     """The stored events of one workflow, in order."""
 
     events: list[Raw]
-
-
-class Preferences(Struct, frozen=True):
-    """What the client prefers (RFC 7240): how long to wait for the end, in seconds, and strict handling."""
-
-    wait: float | None = None
-    strict: bool = False
-
-    @property
-    def applied(self) -> str:
-        """For `Preference-Applied`."""
-        named = [f"wait={self.wait:g}"] if self.wait is not None else []
-        return ", ".join([*named, "handling=strict"] if self.strict else named)
-
-
-def preferences(header: str | None) -> Preferences:
-    """Read a Prefer header; preferences that we do not know are ignored, as the RFC says."""
-    wait, strict = None, False
-    for part in re.split(r"[,;]", header or ""):
-        name, _, value = part.strip().partition("=")
-        value = value.strip().strip('"')
-        if name.strip().lower() == "wait" and re.fullmatch(r"\d{1,9}", value):
-            wait = float(min(int(value), _MAX_WAIT_SECONDS))
-        elif name.strip().lower() == "handling" and value.lower() == "strict":
-            strict = True
-    return Preferences(wait, strict)
 
 
 _submit = msgspec.json.Decoder(SubmitRequest)
@@ -186,7 +160,7 @@ async def submit_workflow(
     submission = _submission(body)
     if dry_run:
         verdict = await workflows.dry_run(submission, strict=wanted.strict)
-        return Response(verdict, status_code=200, headers=_applied(wanted))
+        return Response(verdict, status_code=200, headers=wanted.headers)
     key = _key(idempotency_key, "POST " + PATH, await request.body())
     submitted = await workflows.submit(submission, key=key, strict=wanted.strict)
     return await _accepted(workflows, submitted, wanted)
@@ -365,7 +339,7 @@ async def _accepted(
     workflows: WorkflowManager, submitted: Submitted, wanted: Preferences
 ) -> Response[SubmitReply | WorkflowView | DryRun]:
     workflow = submitted.workflow
-    headers = _applied(wanted) | {"location": f"{PATH}/{quote(workflow.id)}"}
+    headers = wanted.headers | {"location": f"{PATH}/{quote(workflow.id)}"}
     if submitted.replayed:
         headers["idempotency-replayed"] = "true"
     if wanted.wait is not None:
@@ -381,10 +355,6 @@ async def _accepted(
         retry_of=workflow.retry_of or UNSET,
     )
     return Response(reply, status_code=202, headers=headers)
-
-
-def _applied(wanted: Preferences) -> dict[str, str]:
-    return {"preference-applied": wanted.applied} if wanted.applied else {}
 
 
 def _last_event_id(request: Request[Any, Any, Any]) -> int:

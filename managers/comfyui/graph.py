@@ -21,6 +21,7 @@ REFUSED = frozenset(
     {"workflow_not_an_object", "workflow_format_ui", "workflow_wrapped", "workflow_too_large", "workflow_too_deep"}
 )
 
+_NESTS = frozenset({dict, list})
 _EXPORT_HINT = (
     "This is the format of ComfyUI's editor. Export the API format instead: menu Workflow → Export (API); in older "
     "versions switch on 'Enable Dev mode options' in the settings, then 'Save (API Format)'."
@@ -134,14 +135,13 @@ def _refusal(code: str, message: str, allowed: object = None) -> Finding:
 def _deeper_than(value: object, limit: int) -> bool:
     level: list[object] = [value]
     for _ in range(limit):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-            if isinstance(inner, dict | list)
-        ]
-        if not level:
+        deeper: list[object] = []
+        for outer in level:
+            inside: Iterable[object] = outer.values() if type(outer) is dict else outer  # type: ignore[assignment]
+            deeper += [inner for inner in inside if type(inner) in _NESTS]
+        if not deeper:
             return False
+        level = deeper
     return True
 
 

@@ -6,9 +6,11 @@ Must never replace or repair a file that cannot be read: that is for the operato
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import socket
 import sqlite3
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO
@@ -21,12 +23,22 @@ from managers.errors import Conflict, NotFound, StoreUnavailable
 from managers.events.types import StoredEvent
 from managers.workflows import sqlite_statements as sql
 from managers.workflows.model import Priority, Status, rank
-from managers.workflows.sqlite_schema import FILE_NAME, connect_reader, connect_writer, migrate
+from managers.workflows.sqlite_schema import (
+    FILE_NAME,
+    MIGRATIONS,
+    connect_reader,
+    connect_writer,
+    examine,
+    migrate,
+)
 from managers.workflows.sqlite_writer import Transaction, unavailable
 from managers.workflows.waiting import CLASSES, Act, Change, Entry, Line
 
 _LOCK_NAME = "lock"
 _PAUSED = "paused"
+_PROBE = "probe"
+_PROBE_BYTES = 32_768  # more than a workflow usually takes
+_SPARE_PAGES = 2560
 
 
 class House(Struct):
@@ -44,17 +56,31 @@ class House(Struct):
         self.lock.close()
 
 
-def open_house(directory: Path, aging_seconds: float) -> House:
-    """Take the folder, bring the file up to date, rebuild what lives in memory. Raises `StoreUnavailable`."""
+def open_house(
+    directory: Path,
+    aging_seconds: float,
+    monotonic: Callable[[], float],
+    migrations: Sequence[str] = MIGRATIONS,
+) -> House:
+    """Take the folder, bring the file up to date, rebuild what lives in memory. Raises `StoreUnavailable`.
+
+    A file of an older schema is copied beside itself first.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _take(directory)
     except OSError as error:
-        raise StoreUnavailable(f"The data folder {directory} cannot be used: {error.strerror}") from error
+        raise StoreUnavailable(
+            f"The data folder {directory} cannot be used: {error.strerror}. Give the service a folder it may write to"
+        ) from error
     connection = None
+    path = directory / FILE_NAME
     try:
-        connection = connect_writer(directory / FILE_NAME)
-        migrate(connection)
+        version = examine(path, monotonic, len(migrations))
+        connection = connect_writer(path)
+        _bring_up_to_date(connection, path, version, migrations)
+        # A file that may not be written is opened without complaint: better to hear of it now.
+        connection.executescript("BEGIN IMMEDIATE; COMMIT;")
         lines = _load(connection, aging_seconds)
         last_seq = connection.execute(sql.LAST_SEQ).fetchone()[0]
         last_number = connection.execute(sql.LAST_NUMBER).fetchone()[0]
@@ -63,9 +89,24 @@ def open_house(directory: Path, aging_seconds: float) -> House:
             connection.close()
         lock.close()
         if isinstance(error, sqlite3.Error):
-            raise StoreUnavailable(f"{directory / FILE_NAME}: {unavailable(error)}") from error
+            raise StoreUnavailable(f"{path}: {unavailable(error)}") from error
         raise
     return House(lock, connection, Transaction(connection, lines[0], last_seq, last_number), lines[1], last_seq)
+
+
+def _bring_up_to_date(connection: sqlite3.Connection, path: Path, version: int, migrations: Sequence[str]) -> None:
+    if not 0 < version < len(migrations):
+        return migrate(connection, version, migrations)
+    names = itertools.chain(
+        [f"{path.name}.schema-{version}"], map(f"{path.name}.schema-{version}.{{}}".format, itertools.count(2))
+    )
+    copy = next(copy for copy in map(path.with_name, names) if not copy.exists())
+    backup(path, copy)
+    try:
+        migrate(connection, version, migrations)
+    except BaseException:
+        copy.unlink()  # the file is as it was: a start that is tried again and again must not fill the disk
+        raise
 
 
 def _take(directory: Path) -> IO[str]:
@@ -84,9 +125,14 @@ def _take(directory: Path) -> IO[str]:
     except BaseException:
         lock.close()
         raise
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}@{socket.gethostname()}\n")
-    lock.flush()
+    try:
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}@{socket.gethostname()}\n")
+        lock.flush()
+    except BaseException:
+        with suppress(OSError):  # it tries to write once more
+            lock.close()
+        raise
     return lock
 
 
@@ -150,13 +196,47 @@ def client_id(transaction: Transaction, backend: str, ids: IdMaker) -> str:
     return made
 
 
-def prune(transaction: Transaction, before_ms: int, limit: int) -> int:
-    """Forget at most `limit` old workflows and `limit` old events; tells how many rows of both went."""
-    numbers = [number for (number,) in transaction.execute(sql.OLD_WORKFLOWS, (before_ms, limit))]
-    if numbers:
-        for statement in sql.PRUNE_WORKFLOWS:
-            transaction.execute(statement, (msgspec.json.encode(numbers).decode(),))
-    return len(numbers) + transaction.execute(sql.PRUNE_EVENTS, (limit, before_ms)).rowcount
+def probe(transaction: Transaction, askers: Sequence[None]) -> list[None]:
+    """Whether something of a workflow's size can be written: raises what the disk says."""
+    transaction.execute(sql.SET_SETTING, (_PROBE, "." * _PROBE_BYTES))
+    return list(askers)
+
+
+# ---- forgetting, each a small step that tells how much it did
+
+
+def prune_events(transaction: Transaction, before_ms: int, limit: int, heard: int) -> int:
+    """The oldest events, up to the first that is younger or has a seq above `heard`: the log has never a hole."""
+    cut = 0
+    for seq, created_at in transaction.execute(sql.OLDEST_EVENTS, (heard, limit)).fetchall():
+        if created_at >= before_ms:
+            break
+        cut = seq
+    return transaction.execute(sql.PRUNE_EVENTS, (cut,)).rowcount
+
+
+def prune_workflows(transaction: Transaction, numbers: Sequence[int]) -> int:
+    """These, which `sqlite_reads.forgettable` has named: what is final stays final."""
+    for statement in sql.PRUNE_WORKFLOWS:
+        transaction.execute(statement, (msgspec.json.encode(numbers).decode(),))
+    return len(numbers)
+
+
+def prune_keys(transaction: Transaction, before_ms: int, limit: int) -> int:
+    """Idempotency keys of another day."""
+    return transaction.execute(sql.PRUNE_IDEMPOTENCY, (before_ms, limit)).rowcount
+
+
+def shrink(transaction: Transaction, pages: int) -> int:
+    """Give free pages back to the disk, all but a quarter of the file: that much will be used again."""
+    free = transaction.execute(sql.FREE_PAGES).fetchone()[0]
+    spare = max(_SPARE_PAGES, transaction.execute(sql.ALL_PAGES).fetchone()[0] // 4)
+    if free <= spare:
+        return 0
+    transaction.execute(
+        f"{sql.GIVE_BACK}({min(pages, free - spare)})"
+    ).fetchall()  # a row a page, none without asking
+    return int(free - transaction.execute(sql.FREE_PAGES).fetchone()[0])
 
 
 # ---- the copy

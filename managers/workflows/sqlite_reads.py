@@ -99,6 +99,11 @@ def first_seq(connection: sqlite3.Connection) -> int | None:
     return first
 
 
+def forgettable(connection: sqlite3.Connection, before_ms: int, now_ms: int, limit: int) -> list[int]:
+    """Numbers of workflows that ended before then, have no open attempt, and whose events are gone."""
+    return [number for (number,) in connection.execute(sql.FORGETTABLE, (before_ms, now_ms, limit))]
+
+
 def events_after(connection: sqlite3.Connection, seq: int, limit: int) -> Sequence[StoredFrame]:
     """A stretch of the log."""
     return [frame_of(row) for row in connection.execute(sql.EVENTS_AFTER, (seq, limit))]

@@ -1,16 +1,23 @@
 """The tables of the embedded store, and how a file gets them: numbered migrations, counted by `PRAGMA user_version`.
 
-Must never change a migration that was released: a new one goes to the end.
+Must never change a migration that was released: a new one goes to the end. `examine` comes before anything that
+writes: a file that is refused is left byte for byte as it was.
 """
 
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from managers.errors import StoreUnavailable
 
 FILE_NAME = "workflows.sqlite3"
+CHECK_SECONDS = 5.0
+"""How long a start may look for damage: some GB from a quick disk. What is behind that is found when it is read."""
+
+_STEPS_A_LOOK = 10_000
 
 _FIRST = """
 CREATE TABLE workflow (
@@ -119,7 +126,10 @@ def connect_writer(path: Path) -> sqlite3.Connection:
     try:
         # A checkpoint stalls the writer, so few and large ones: 4,000 pages are 16 MiB of log.
         connection.executescript(
-            "PRAGMA busy_timeout = 5000; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
+            # auto_vacuum counts for a new file only: it lets retention give room back in small steps, where VACUUM
+            # would stop everything and need the space twice. Its cost was not to be measured (1 page in 800).
+            "PRAGMA busy_timeout = 5000; PRAGMA auto_vacuum = INCREMENTAL;"
+            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;"
             "PRAGMA wal_autocheckpoint = 4000; PRAGMA journal_size_limit = 67108864; PRAGMA cache_size = -16000;"
             "PRAGMA temp_store = MEMORY;"
         )
@@ -141,13 +151,64 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Bring the file to the newest schema, each step in a transaction. Raises `StoreUnavailable` for a newer one."""
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > len(MIGRATIONS):
+def examine(path: Path, monotonic: Callable[[], float], newest: int = len(MIGRATIONS)) -> int:
+    """The schema of the file, 0 for a new one; nothing is changed, a log left by a crash is read with it.
+
+    Raises `StoreUnavailable` for a damaged file and for a schema beyond `newest`.
+    """
+    log = path.with_name(f"{path.name}-wal")
+    if not path.exists() or not path.stat().st_size:
+        if log.exists() and log.stat().st_size:  # opening would delete it
+            raise StoreUnavailable(f"{log} is there without its file {path.name}: put that back, or move both away")
+        return 0
+    try:
+        with closing(connect_reader(path)) as connection:
+            version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version > newest:
+                raise StoreUnavailable(
+                    f"The store was written by a newer version of this service (schema {version}; this one knows "
+                    f"{newest}): install that version, or use another data folder"
+                )
+            found = _damage(connection, monotonic)
+            if found is None and not (log.exists() and log.stat().st_size):
+                pages, page_size = (
+                    connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
+                )
+                if path.stat().st_size < pages * page_size:  # the check takes what is cut off for zeros
+                    found = "its end is missing"
+    except sqlite3.DatabaseError as error:
+        if not getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            raise
+        found = str(error)
+    if found is not None:
         raise StoreUnavailable(
-            f"The store was written by a newer version of this service (schema {version}; this one knows "
-            f"{len(MIGRATIONS)}): install that version, or use another data folder"
+            f"The store {path} is damaged ({found}) and was left as it is: move it away together with its -wal and "
+            "-shm, then put a copy made by `management-api backup` in its place, or begin anew without it"
         )
-    for number, script in enumerate(MIGRATIONS[version:], version + 1):
-        connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;")
+    return version
+
+
+def _damage(connection: sqlite3.Connection, monotonic: Callable[[], float]) -> str | None:
+    """What is wrong with the structure of the file, as far as there is time to look."""
+    deadline = monotonic() + CHECK_SECONDS
+    connection.set_progress_handler(lambda: monotonic() > deadline, _STEPS_A_LOOK)
+    try:
+        finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname != "SQLITE_INTERRUPT":
+            raise
+        return None
+    finally:
+        connection.set_progress_handler(None, 0)
+    return None if finding == "ok" else " ".join(str(finding).split())
+
+
+def migrate(connection: sqlite3.Connection, version: int, migrations: Sequence[str] = MIGRATIONS) -> None:
+    """Bring a file of this schema to the newest one, or leave it as it is."""
+    if version < len(migrations):
+        script = "\n".join(migrations[version:])
+        try:
+            connection.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {len(migrations)}; COMMIT;")
+        except BaseException:
+            connection.rollback()
+            raise

@@ -65,27 +65,29 @@ GET_SETTING = "SELECT value FROM setting WHERE name = ?"
 SET_SETTING = "INSERT OR REPLACE INTO setting (name, value) VALUES (?, ?)"
 
 # The newest workflow and event always stay: their numbers are where counting goes on after a restart.
-OLD_WORKFLOWS = (
-    "SELECT number FROM workflow WHERE completion_time < ? AND number < (SELECT max(number) FROM workflow)"
-    f" AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.workflow = workflow.number AND {_OPEN})"
-    " ORDER BY completion_time LIMIT ?"
+# A workflow goes after its events. They carry our own time and go in the order of the log, so whoever had its last one
+# pruned ended long ago, whatever the clock of its ComfyUI says; its `completion_time` is only the quick way to it.
+FORGETTABLE = (
+    "SELECT w.number FROM workflow w WHERE (w.completion_time < ? OR w.completion_time > ?)"
+    " AND NOT EXISTS (SELECT 1 FROM event e WHERE e.workflow = w.number)"
+    f" AND NOT EXISTS (SELECT 1 FROM attempt a WHERE a.workflow = w.number AND {_OPEN})"
+    " AND w.number < (SELECT max(number) FROM workflow) LIMIT ?"
 )
 PRUNE_WORKFLOWS = tuple(
     f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))"
-    f"{' AND seq < (SELECT max(seq) FROM event)' if table == 'event' else ''}"
     for table, column in (
         ("workflow_graph", "workflow"),
         ("attempt", "workflow"),
         ("output", "workflow"),
         ("idempotency", "workflow"),
-        ("event", "workflow"),
         ("workflow", "number"),
     )
 )
-PRUNE_EVENTS = (
-    "DELETE FROM event WHERE seq IN (SELECT seq FROM (SELECT seq, created_at FROM event ORDER BY seq LIMIT ?)"
-    " WHERE created_at < ?) AND seq < (SELECT max(seq) FROM event)"
-)
+OLDEST_EVENTS = "SELECT seq, created_at FROM event WHERE seq <= ? ORDER BY seq LIMIT ?"
+PRUNE_EVENTS = "DELETE FROM event WHERE seq <= ? AND seq < (SELECT max(seq) FROM event)"
+FREE_PAGES = "PRAGMA freelist_count"
+ALL_PAGES = "PRAGMA page_count"
+GIVE_BACK = "PRAGMA incremental_vacuum"
 
 # ---- reading
 

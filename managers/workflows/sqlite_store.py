@@ -35,7 +35,7 @@ from managers.workflows.model import (
     Submitted,
     Workflow,
 )
-from managers.workflows.sqlite_schema import FILE_NAME, connect_reader
+from managers.workflows.sqlite_schema import FILE_NAME, MIGRATIONS, connect_reader
 from managers.workflows.sqlite_writer import Announced, Transaction, Writer, unavailable
 from managers.workflows.store import CommitListener, OutputOwner, Snapshot
 from managers.workflows.waiting import Change, Line
@@ -44,6 +44,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 READERS = 3
+_LAST_SEQ = 2**63 - 1
 _LONG = 65_536  # bytes of JSON: packing more than that would hold up the event loop
 _LONG_PACKED = 16_384  # bytes of such a pack: unpacking more would
 
@@ -51,8 +52,17 @@ _LONG_PACKED = 16_384  # bytes of such a pack: unpacking more would
 class SqliteStore:
     """The record of every workflow, in `directory`."""
 
-    def __init__(self, directory: Path, *, clock: Clock, ids: IdMaker, aging_seconds: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        clock: Clock,
+        ids: IdMaker,
+        aging_seconds: float,
+        migrations: Sequence[str] = MIGRATIONS,
+    ) -> None:
         self._directory = directory
+        self._migrations = migrations
         self._path = directory / FILE_NAME
         self._clock = clock
         self._ids = ids
@@ -215,12 +225,26 @@ class SqliteStore:
         """See the port."""
         return await self._write(sqlite_house.client_id, backend, self._ids)
 
-    async def prune(self, before_ms: int, limit: int = 200) -> int:
-        """Forget up to `limit` workflows that were final before `before_ms` (epoch ms) and as many older events.
+    async def prune(self, before_ms: int | None, *, limit: int = 200, heard: int | None = None) -> int:
+        """One small step of forgetting (see `retention.Prunable`)."""
+        if before_ms is not None:
+            seq = _LAST_SEQ if heard is None else heard
+            if count := await self._patiently(sqlite_house.prune_events, before_ms, limit, seq):
+                return count
+            now = self._clock.now_ms()
+            if numbers := await self._read(sqlite_reads.forgettable, before_ms, now, limit):
+                return await self._patiently(sqlite_house.prune_workflows, numbers)
+        yesterday = self._clock.now_ms() - sqlite_submit.DAY_MS
+        return await self._patiently(sqlite_house.prune_keys, yesterday, limit) or await self._patiently(
+            sqlite_house.shrink, limit
+        )
 
-        Returns how many rows of both went: call it again until it is 0. The newest of both always stay.
-        """
-        return await self._write(sqlite_house.prune, before_ms, limit)
+    async def check(self) -> None:
+        """Raises `StoreUnavailable` when the file cannot be read, or when writing failed and still does."""
+        writer = self._open_writer()
+        if writer.failing:
+            await writer.join(sqlite_house.probe, None)
+        await self._read(sqlite_reads.first_seq)
 
     async def backup(self, target: Path) -> None:
         """See the port."""
@@ -233,7 +257,14 @@ class SqliteStore:
         readers = ThreadPoolExecutor(READERS, thread_name_prefix="store-reader")
         loop = asyncio.get_running_loop()
         try:
-            house = await loop.run_in_executor(readers, sqlite_house.open_house, self._directory, self._aging_seconds)
+            house = await loop.run_in_executor(
+                readers,
+                sqlite_house.open_house,
+                self._directory,
+                self._aging_seconds,
+                self._clock.monotonic,
+                self._migrations,
+            )
         except BaseException:
             readers.shutdown(wait=False)
             raise
@@ -276,6 +307,13 @@ class SqliteStore:
         self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         return await self._open_writer().run(lambda transaction: operation(transaction, *args, **kwargs))
+
+    async def _patiently(
+        self, operation: Callable[Concatenate[Transaction, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        return await self._open_writer().run(
+            lambda transaction: operation(transaction, *args, **kwargs), patient=True
+        )
 
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         if self._readers is None:

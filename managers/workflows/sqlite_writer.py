@@ -20,6 +20,7 @@ from itertools import chain, groupby
 from typing import Any, TypeVar
 
 import msgspec
+import structlog
 from msgspec import Struct
 
 from managers.errors import StoreUnavailable
@@ -28,6 +29,8 @@ from managers.events.types import StoredEvent
 from managers.workflows import sqlite_statements as sql
 from managers.workflows.sqlite_rows import Row
 from managers.workflows.waiting import Change, Draft, Line
+
+log = structlog.get_logger(__name__)
 
 BATCH_SIZE = 512
 PATIENCE_SECONDS = 0.02
@@ -108,6 +111,7 @@ class Writer:
 
     def __init__(self, connection: sqlite3.Connection, transaction: Transaction, publish: Publish) -> None:
         self.commits = 0
+        self.failing = False  # whether the last transaction could not be written
         self._connection = connection
         self._transaction = transaction
         self._publish = publish
@@ -184,6 +188,7 @@ class Writer:
     def _commit(self, batch: list[_Task]) -> None:
         transaction = self._transaction
         start = transaction.mark()
+        failure: StoreUnavailable | None = None
         try:
             self._connection.execute("BEGIN IMMEDIATE")
             for operation, group in groupby(batch, lambda task: task.operation):
@@ -195,10 +200,11 @@ class Writer:
             with suppress(sqlite3.Error):
                 self._connection.rollback()
             transaction.undo_to(start)
+            failure = unavailable(error) if isinstance(error, sqlite3.Error) else None
             for task in batch:
-                task.error = unavailable(error) if isinstance(error, sqlite3.Error) else error
+                task.error = failure or error
         changes, announced = transaction.take()
-        self._loop.call_soon_threadsafe(self._tell, changes, announced, batch)
+        self._loop.call_soon_threadsafe(self._tell, changes, announced, batch, failure)
 
     def _perform(self, operation: _Together, tasks: list[_Task]) -> None:
         """Run one call for all, in a savepoint; raises only what sinks the whole batch."""
@@ -224,7 +230,19 @@ class Writer:
 
     # ---- below: on the loop
 
-    def _tell(self, changes: Sequence[Change], announced: Sequence[Announced], batch: Iterable[_Task]) -> None:
+    def _tell(
+        self,
+        changes: Sequence[Change],
+        announced: Sequence[Announced],
+        batch: Iterable[_Task],
+        failure: StoreUnavailable | None,
+    ) -> None:
+        if self.failing != bool(failure):
+            self.failing = bool(failure)
+            if failure is None:
+                log.info("the store can be written again")
+            else:
+                log.error("the store cannot be written", reason=str(failure))
         try:
             self._publish(changes, announced)
         finally:
