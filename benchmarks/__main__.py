@@ -18,6 +18,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"only these of {', '.join(NAMES)}")
     parser.add_argument("--comfyui", metavar="URL", help="a real ComfyUI for `dispatch`, beside the simulator")
     parser.add_argument("--comfyui-outputs", metavar="DIR", type=Path, help="its output folder, if it is here")
+    parser.add_argument(
+        "--fastify", metavar="DIR", type=Path, help="for `post`: where `npm install fastify better-sqlite3` was run"
+    )
     given = parser.parse_args()
     unknown = set(given.names) - set(NAMES)
     if unknown:
@@ -33,7 +36,7 @@ def _one(name: str, given: argparse.Namespace) -> Sequence[Number]:
 
     ways: dict[str, Callable[[], Sequence[Number]]] = {
         "dispatch": lambda: dispatch.run(given.comfyui, given.comfyui_outputs),
-        "post": post.run,
+        "post": lambda: post.run(given.fastify),
         "waiting": store.run,
         "footprint": footprint.run,
         "files": files.run,

@@ -95,11 +95,15 @@ def service(folder: Path, comfyui: str, **environ: str) -> Iterator[Process]:
         **environ,
     }
     began = time.monotonic()
-    with (folder.parent / "service.log").open("wb") as log:
+    log_path = folder.parent / "service.log"
+    with log_path.open("wb") as log:
         process = subprocess.Popen(SERVE, env=variables, stdout=log, stderr=log)
     try:
         ready = wait_until_healthy(process, port, began)
         yield Process(f"http://127.0.0.1:{port}", process.pid, began, ready)
+    except BaseException:
+        sys.stderr.write(log_path.read_text()[-4000:])  # it goes with the folder
+        raise
     finally:
         _end(process)
 
@@ -120,20 +124,35 @@ def simulator(folder: Path) -> Iterator[str]:
         process.stdout.close()
 
 
+@contextmanager
+def fastify(folder: Path, packages: Path) -> Iterator[Process]:
+    """The server of fastify.js, with what was installed in `packages` and its database in `folder`."""
+    port = free_port()
+    script = Path(__file__).with_name("fastify.js")
+    began = time.monotonic()
+    argv = ["node", str(script), str(packages.resolve()), str(folder / "fastify.sqlite3"), str(port), KEY]
+    process = subprocess.Popen(argv)
+    try:
+        ready = wait_until_healthy(process, port, began)
+        yield Process(f"http://127.0.0.1:{port}", process.pid, began, ready)
+    finally:
+        _end(process)
+
+
 def free_port() -> int:
     """One that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return cast("int", listener.getsockname()[1])
 
 
-def wait_until_healthy(process: subprocess.Popen[Any], port: int, began: float, path: str = "/health") -> float:
+def wait_until_healthy(process: subprocess.Popen[Any], port: int, began: float) -> float:
     """When it answered for the first time (time.monotonic)."""
     while time.monotonic() - began < START_SECONDS:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with status {process.returncode}")
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-                connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode())
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
                 if connection.recv(64).startswith(b"HTTP/1.1 200"):
                     return time.monotonic()
         except OSError:

@@ -29,6 +29,7 @@ from metrics.http import HttpMetrics
 from metrics.registry import new_registry
 from routes.bodies import JsonRequest
 from routes.files import files_routes
+from routes.options import options_route
 from routes.service import service_routes
 from routes.stream import stream_routes
 from routes.workflows import workflow_routes
@@ -63,6 +64,7 @@ def create_app(
         authenticator=Authenticator(api.key, metrics_auth=api.metrics_auth),
     )
     running: list[Services] = []
+    handlers = ROUTES if routes is None else routes
 
     @asynccontextmanager
     async def lifespan(app: Litestar) -> AsyncIterator[None]:
@@ -77,7 +79,7 @@ def create_app(
             yield
 
     litestar = Litestar(
-        route_handlers=[*(ROUTES if routes is None else routes), static_router()],
+        route_handlers=[options_route(handlers), *handlers, static_router()],
         dependencies={name: _provide(running, name) for name in Services.__struct_fields__},
         exception_handlers=exception_handlers(),
         after_exception=[log_socket_failure],

@@ -199,6 +199,18 @@ def _document(operation: dict[str, Any], handler: HTTPRouteHandler, components: 
             reply["content"].setdefault("application/json", {})
         ]:
             media["example"] = told["reply"]
+        for kind, example in told["also"].items():
+            reply["content"][kind] = {"schema": {"type": "string"}, "example": example}
+
+
+_RETRY_AFTER = {
+    "Retry-After": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}
+}
+_HEADERS: dict[str, dict[str, Any]] = {
+    "401": {"WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}}},
+    "429": _RETRY_AFTER,
+    "503": _RETRY_AFTER,
+}
 
 
 def _add_errors(operation: dict[str, Any], path: str, method: str) -> None:
@@ -211,7 +223,7 @@ def _add_errors(operation: dict[str, Any], path: str, method: str) -> None:
     if is_open(path):
         operation["security"] = []
     else:
-        wanted.add(401)
+        wanted |= {401, 503}
     if is_limited(method, path):
         wanted.add(429)
     for status in wanted:
@@ -229,6 +241,8 @@ def _add_errors(operation: dict[str, Any], path: str, method: str) -> None:
         media = reply.get("content", {}).get(PROBLEM_JSON)
         if media is not None and "examples" not in media:
             media.setdefault("example", example_problem(int(code), path))
+        if media is not None and code in _HEADERS:
+            reply["headers"] = _HEADERS[code]
     operation["responses"] = dict(sorted(replies.items()))
 
 

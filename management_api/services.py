@@ -87,7 +87,11 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
     backends = backend_configs(settings)
     dispatchers = [
         Dispatcher(
-            DispatcherConfig(backend=backend, prefetch=settings.comfyui.prefetch),
+            DispatcherConfig(
+                backend=backend,
+                prefetch=settings.comfyui.prefetch,
+                free_when_idle_seconds=settings.comfyui.free_when_idle_seconds,
+            ),
             store=store,
             events=hub,
             live=workflows.live,

@@ -84,9 +84,18 @@ def _refusal(description: str) -> ResponseSpec:
 
 
 def _bytes(description: str) -> ResponseSpec:
-    return ResponseSpec(
-        bytes, description=description, media_type="application/octet-stream", generate_examples=False
-    )
+    return ResponseSpec(bytes, description=description, media_type="*/*", generate_examples=False)
+
+
+_FILE = {
+    200: _bytes("The whole file."),
+    206: _bytes("The range asked for."),
+    304: ResponseSpec(None, description="The client's copy is still good."),
+    412: _refusal("`If-Match` or `If-Unmodified-Since` names another state of the file."),
+    416: _refusal("The range lies outside the file; `Content-Range: bytes */<size>` tells its size."),
+    **problems(404, 410, 503),
+}
+"""What a file answers."""
 
 
 @get(
@@ -146,14 +155,7 @@ async def list_outputs(
         "`If-Match` and `If-Unmodified-Since` are understood. What a browser could run (html, svg, xml, js) comes as "
         "an attachment. Links that leave the folder, absolute paths and `..` are 404."
     ),
-    responses={
-        200: _bytes("The whole file."),
-        206: _bytes("The range asked for."),
-        304: ResponseSpec(None, description="The client's copy is still good."),
-        412: _refusal("`If-Match` or `If-Unmodified-Since` names another state of the file."),
-        416: _refusal("The range lies outside the file; `Content-Range: bytes */<size>` tells its size."),
-        **problems(404, 410, 503),
-    },
+    responses=_FILE,
 )
 async def read_output(
     request: Request[Any, Any, Any],
@@ -180,13 +182,7 @@ async def read_output(
         "The bytes that this run wrote, from the folder on this machine or through the backend's /view. When another "
         "run has written the same name since, the answer is 410. A text output comes as text/plain."
     ),
-    responses={
-        200: _bytes("The whole file."),
-        206: _bytes("The range asked for."),
-        304: ResponseSpec(None, description="The client's copy is still good."),
-        416: _refusal("The range lies outside the file; `Content-Range: bytes */<size>` tells its size."),
-        **problems(404, 410, 503),
-    },
+    responses=_FILE,
 )
 async def read_workflow_output(
     request: Request[Any, Any, Any],

@@ -100,10 +100,16 @@ def describe_problem(status: int) -> str:
     return _WHEN[status][0]
 
 
-def documented(*, body: type[Struct] | None = None, request: Any = None, reply: Any = None) -> dict[str, Any]:
+def documented(
+    *,
+    body: type[Struct] | None = None,
+    request: Any = None,
+    reply: Any = None,
+    also: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """For a route's `opt=`: what the documentation shows beside the signature.
 
     `body` is the Struct of a JSON body that the route decodes itself (`routes.bodies`), `request` and `reply` are
-    examples as they go over the wire.
+    examples as they go over the wire; `also` are the other media types of the reply, each with an example.
     """
-    return {"documented": {"body": body, "request": request, "reply": reply}}
+    return {"documented": {"body": body, "request": request, "reply": reply, "also": also or {}}}

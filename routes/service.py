@@ -209,7 +209,13 @@ async def ready(
     description="Prometheus text, or OpenMetrics when the Accept header asks for it.",
     tags=["monitoring"],
     media_type="text/plain",
-    opt=documented(reply='http_requests_total{method="GET",route="/health",status_code="200"} 12.0\n'),
+    opt=documented(
+        reply='http_requests_total{method="GET",route="/health",status_code="200"} 12.0\n',
+        also={
+            "application/openmetrics-text": 'http_requests_total{method="GET",route="/health",status_code="200"} '
+            "12.0\n# EOF\n"
+        },
+    ),
 )
 async def metrics(
     request: Request[Any, Any, Any], registry: NamedDependency[SkipValidation[CollectorRegistry]]

@@ -10,6 +10,8 @@ from urllib.parse import quote
 import msgspec
 from litestar import Request, Response, delete, get, patch, post
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
 from litestar.params import FromPath, HeaderParameter, QueryParameter
 from litestar.response import Stream
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -27,18 +29,22 @@ from routes.sse import event_stream
 
 PATH = "/v1/comfyui/workflow"
 _MAX_METADATA_BYTES = 4096
+_LAST_MS = 2**53 - 1
+"""The last time that JSON numbers tell exactly."""
 WorkflowId = Annotated[str, Meta(pattern=UUID)]
+JsonObject = Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
+"""Its text; that it is an object is for the one who reads it to check."""
 
 
 class SubmitRequest(Struct, frozen=True, kw_only=True, rename="camel"):
     """What POST /v1/comfyui/workflow takes. Unknown keys are ignored."""
 
-    workflow: Raw
+    workflow: JsonObject
     priority: Priority = Priority.NORMAL
     gpu: str = ANY_BACKEND
     id: WorkflowId | None = None
     metadata: dict[str, Any] | None = None
-    extra_data: Raw | UnsetType = UNSET
+    extra_data: JsonObject | UnsetType = UNSET
     max_attempts: Annotated[int, Meta(ge=1, le=100)] | None = None
     timeout_seconds: Annotated[float, Meta(gt=0, le=30 * 86400)] | None = None
 
@@ -127,6 +133,8 @@ _EXAMPLE_VIEW = {
     "retryOf": None,
 }
 
+_ACCEPTED = ResponseSpec(SubmitReply, description="It is on disk.", generate_examples=False)
+
 
 @post(
     PATH,
@@ -138,7 +146,16 @@ _EXAMPLE_VIEW = {
     ),
     tags=["workflows"],
     status_code=202,
-    responses=problems(409, 413, 415, 422, 503),
+    responses={
+        202: _ACCEPTED,
+        200: ResponseSpec(
+            WorkflowView | DryRun,
+            description="The workflow has ended (`Prefer: wait`), or what would become of it (`?dryRun=true`).",
+            generate_examples=False,
+            examples=[Example(summary="Ended", value=_EXAMPLE_VIEW | {"status": "completed", "progress": 100})],
+        ),
+        **problems(409, 413, 415, 422, 503),
+    },
     opt=documented(
         body=SubmitRequest,
         request={"workflow": _EXAMPLE_GRAPH, "priority": "high"},
@@ -151,7 +168,8 @@ async def submit_workflow(
     dry_run: Annotated[bool, QueryParameter(name="dryRun", description="Only say what would become of it.")] = False,
     prefer: Annotated[str | None, HeaderParameter(name="Prefer", description="RFC 7240.")] = None,
     idempotency_key: Annotated[
-        str | None, HeaderParameter(name="Idempotency-Key", description="1 to 255 characters.")
+        str | None,
+        HeaderParameter(name="Idempotency-Key", min_length=1, max_length=255, description="1 to 255 characters."),
     ] = None,
 ) -> Response[SubmitReply | WorkflowView | DryRun]:
     """Take a workflow in."""
@@ -180,7 +198,9 @@ async def list_workflows(
     error_type: Annotated[
         ErrorType | None, QueryParameter(name="errorType", description="Only failures of this class.")
     ] = None,
-    since: Annotated[int | None, QueryParameter(description="Submitted at or after this time, epoch ms.")] = None,
+    since: Annotated[
+        int | None, QueryParameter(ge=0, le=_LAST_MS, description="Submitted at or after this time, epoch ms.")
+    ] = None,
     limit: Annotated[int, QueryParameter(ge=1, le=1000, description="How many at most.")] = 50,
     cursor: Annotated[str | None, QueryParameter(description="`nextCursor` of the page before.")] = None,
 ) -> Page:
@@ -245,7 +265,7 @@ async def change_workflow(
     description="As a new workflow with `retryOf`: what is final stays final.",
     tags=["workflows"],
     status_code=202,
-    responses=problems(404, 409, 503),
+    responses={202: _ACCEPTED, **problems(404, 409, 503)},
     opt=documented(reply=_EXAMPLE_ACCEPTED | {"retryOf": _EXAMPLE_ID}),
 )
 async def retry_workflow(
@@ -263,7 +283,10 @@ async def retry_workflow(
         "until the workflow ends; `id:` is the `seq`, and `Last-Event-ID` resumes."
     ),
     tags=["workflows"],
-    responses=problems(404),
+    responses={
+        200: ResponseSpec(EventsReply, description="The events so far.", generate_examples=False),
+        **problems(404),
+    },
     opt=documented(
         reply={
             "events": [
@@ -278,7 +301,8 @@ async def retry_workflow(
                     "attempt": 0,
                 }
             ]
-        }
+        },
+        also={"text/event-stream": 'id: 1\ndata: {"type":"workflow:queued","seq":1,"queuePosition":0}\n\n'},
     ),
 )
 async def workflow_events(
@@ -330,8 +354,6 @@ def _submission(body: SubmitRequest) -> Submission:
 def _key(key: str | None, scope: str, body: bytes) -> IdempotencyKey | None:
     if key is None:
         return None
-    if not 1 <= len(key) <= 255:
-        raise InvalidRequest("Idempotency-Key has 1 to 255 characters")
     return IdempotencyKey(scope=scope, key=key, body_hash=hashlib.sha256(body).hexdigest())
 
 

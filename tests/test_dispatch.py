@@ -187,9 +187,12 @@ async def test_nothing_is_posted_ahead_of_a_cancelled_one(queue: Queue, simulato
 
 async def test_cancelled_while_it_is_handed_out(queue: Queue, simulator: Comfy) -> None:
     """Whenever the cancel comes, nothing of it is left to run."""
-    ids = []
-    for pause in [0, 0, 0, *(number / 2000 for number in range(12))]:
-        ids.append(await queue.submit(sleeper()))
+    ids: list[str] = []
+    for pause in [*[0] * 6, *(number / 2000 for number in range(12))]:
+        graph = sleeper()
+        if len(ids) < 6:  # a large one takes its time between the claim and the post
+            graph["1"]["_meta"] = {"title": "x", "fill": random.Random(len(ids)).randbytes(2**21).hex()}
+        ids.append(await queue.submit(graph))
         await asyncio.sleep(pause)  # not for an event: to meet every moment between claim, post and start
         assert await queue.cancel(ids[-1]) == "cancelled"
     assert (await queue.run(picture()))["status"] == "completed"

@@ -307,8 +307,9 @@ def test_every_example_gives_the_reply_that_is_shown(tmp_path: Path) -> None:
     examples += [(README.name, fence) for fence in readme]
     assert sum(fence.language == "bash" for _, fence in examples) > 30
     with player(tmp_path) as reader:
-        wrong = [f"{name}:{fence.line}: {one}" for name, fence in examples for one in reader.play(fence)]
-    assert not wrong, "\n".join(wrong)
+        for name, fence in examples:
+            wrong = reader.play(fence)
+            assert not wrong, f"{name}:{fence.line}: " + "\n".join(wrong)
 
 
 async def test_the_refusal_of_too_many_requests_is_the_one_that_is_shown(start_service: StartService) -> None:

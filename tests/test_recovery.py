@@ -105,17 +105,21 @@ async def test_started_while_the_service_was_away(simulator: Comfy, tmp_path: Pa
     async with house(create_app(settings)) as queue:
         await queue.connected()
         blocker = await queue.submit(sleeper())
-        ahead = await queue.submit(sleeper(steps=20))
+        ahead = await queue.submit(sleeper())
         await queue.started(blocker)
         _, (prompt,) = await simulator.until_queue(lambda running, pending: bool(pending))
     await simulator.post("/interrupt", {})
     await simulator.until_queue(lambda running, pending: running == [prompt])
     async with house(create_app(settings)) as queue:
+        await queue.started(ahead)
+        view = await queue.get(ahead)
+        assert (view["status"], view["attempt"], view["promptId"]) == ("running", 1, prompt)
+        assert (await queue.ended(blocker))["status"] == "cancelled"
+        await simulator.post("/interrupt", {})
         view = await queue.ended(ahead)
-        assert (view["status"], view["promptId"]) == ("completed", prompt)
         messages = dict((await simulator.history())[prompt]["status"]["messages"])
         assert view["startTime"] == messages["execution_start"]["timestamp"]
-        assert (await queue.get(blocker))["status"] == "cancelled"
+        assert view["completionTime"] == messages["execution_interrupted"]["timestamp"]
 
 
 @pytest.mark.slow

@@ -51,6 +51,23 @@ async def test_many_at_once_share_few_commits(tmp_path: Path, kit: Kit) -> None:
     await store.close()
 
 
+async def test_a_start_waits_for_company_and_keeps_its_place(kit: Kit) -> None:
+    """The end of a short run shares its commit with the start; alone, the start goes by itself."""
+    await kit.open()
+    store = kit.store
+    assert isinstance(store, SqliteStore)
+    await kit.submit()
+    prompt_id = (await kit.claim()).attempt.prompt_id
+    before = store.commits
+    started, ended = await asyncio.gather(store.start(prompt_id, 7), store.finish(prompt_id, kit.outcome()))
+    assert started is not None
+    assert ended is not None
+    assert store.commits - before == 1
+    assert kit.told()[-2:] == ["workflow:started", "workflow:completed"]
+    workflow, _ = await kit.running()
+    assert workflow.status is Status.RUNNING
+
+
 async def test_a_refused_operation_sinks_no_neighbour(kit: Kit) -> None:
     await kit.open()
     workflow = await kit.submit()
@@ -300,4 +317,4 @@ def test_a_full_disk_fails_what_it_must_and_nothing_else(tmp_path: Path) -> None
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("went on after 20 The disk"), done.stdout
+    assert "went on after 20 The disk" in done.stdout

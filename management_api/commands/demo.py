@@ -84,6 +84,7 @@ class Demo:
         self.key = secrets.token_urlsafe(24)
         self.stop = asyncio.Event()
         self.ready = asyncio.Event()
+        self.example = ""
 
     async def run(self, *, once: bool, log: TextIO) -> int:
         """The simulator, then the service, then the picture; up until a signal, with `once` until the picture."""
@@ -166,11 +167,12 @@ class Demo:
         say(f"            {self.url}{picture.url}")
         say(f"  docs      {self.url}/docs")
         say(f"  key       {self.key}")
-        say(f"  example   curl -H 'X-API-Key: {self.key}' {self.url}{WORKFLOWS}/{ended.workflow_id}")
+        self.example = f"curl -H 'X-API-Key: {self.key}' {self.url}{WORKFLOWS}/{ended.workflow_id}"
         say(f"  folder    {self.folder}")
 
     def _invite(self) -> None:
         """The service stays up: what to do with it."""
+        say(f"  example   {self.example}")
         say("\nMore, in another terminal:")
         say(f"  export MANAGEMENT_API_KEY={self.key} MANAGEMENT_API_URL={self.url}")
         ours = Path(sys.argv[0])

@@ -44,6 +44,8 @@ def run() -> int:
         return complain(str(error))
     from management_api.app import create_app
 
+    # The store's thread wants the interpreter lock for every statement; 5 ms, the default, is ten commits long.
+    sys.setswitchinterval(0.0005)
     logs = configure(settings.log.level, settings.log.format, secrets=(settings.api.key,))
     status = 0
     try:
@@ -91,7 +93,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http="management_api.guarded_http:GuardedHttpProtocol",
                 loop="none",
                 lifespan="off",
                 ws="management_api.fast_websocket:FastWebSocketProtocol",

@@ -117,7 +117,7 @@ class AttemptRun:
         self._start_time = job.start_time
         self._deadline: float | None = None
         self._signals: set[Signal] = set()
-        self._measured: tuple[list[Output], tuple[Output, ...]] = [], ()
+        self._measuring: list[asyncio.Task[tuple[Output, ...]]] = []
 
     def tell(self, signal: Signal) -> None:
         """WITHDRAW: take it back if it has not started. CANCEL: take it away in any case."""
@@ -127,6 +127,13 @@ class AttemptRun:
 
     async def run(self) -> Verdict:
         """Post it, or follow what was posted, until ComfyUI has ended it or let go of it."""
+        try:
+            return await self._follow()
+        finally:
+            for measuring in self._measuring:
+                measuring.cancel()
+
+    async def _follow(self) -> Verdict:
         with self._backend.inbox(self.job.prompt_id, self.job.workflow_id) as self._inbox:
             if self._start_time is not None:
                 self._set_deadline()
@@ -189,6 +196,8 @@ class AttemptRun:
             for node_id, outputs in self._tracker.evidence.outputs.items():
                 if node_id in (message.body.node, message.body.display_node):
                     self._sink.produced(node_id, tuple(self._with_folder_url(output) for output in outputs))
+                    # Its files are there now: by the time of the verdict this is done.
+                    self._measuring.append(asyncio.create_task(self._backend.measure(outputs)))
 
     def _with_folder_url(self, output: Output) -> Output:
         """Before the verdict an output has no number in the run yet: it is named by its folder and backend."""
@@ -326,7 +335,9 @@ class AttemptRun:
 
     async def _time_out(self) -> Verdict:
         entry = await self._remove()
-        if entry is not None and end_of(entry).verdict == "success":
+        if entry is None:
+            return await self._perhaps_lost() or self._lost()  # an interrupt leaves a history: this was no interrupt
+        if end_of(entry).verdict == "success":
             return await self._ended(entry)
         return Verdict(
             result=Result.FAILED,
@@ -380,23 +391,22 @@ class AttemptRun:
                 continue
             if location.place is not Place.ABSENT:
                 return await self._judge(location)
-            return await self._from_evidence() or Verdict(
-                result=Result.LOST,
-                start_time=self._start_time,
-                error="ComfyUI no longer knows the prompt: it was restarted, or its queue was cleared",
-                error_type="lost",
-            )
+            return await self._from_evidence() or self._lost()
+
+    def _lost(self) -> Verdict:
+        return Verdict(
+            result=Result.LOST,
+            start_time=self._start_time,
+            error="ComfyUI no longer knows the prompt: it was restarted, or its queue was cleared",
+            error_type="lost",
+        )
 
     async def _read_end(self) -> Verdict | None:
         """`executing null` came: the history entry is there now (PROTOCOL §1.4)."""
-        seen = [output for outputs in self._tracker.evidence.outputs.values() for output in outputs]
-        async with asyncio.TaskGroup() as tasks:
-            measuring = tasks.create_task(self._backend.measure(seen))
-            try:
-                entry = await self._backend.client.history(self.job.prompt_id)
-            except BackendUnavailable:
-                return None
-        self._measured = seen, measuring.result()
+        try:
+            entry = await self._backend.client.history(self.job.prompt_id)
+        except BackendUnavailable:
+            return None
         return await self._ended(entry) if entry is not None else await self._look()
 
     async def _ended(self, entry: HistoryEntry) -> Verdict:
@@ -418,9 +428,7 @@ class AttemptRun:
 
     async def _conclude(self, end: End, found: list[Output]) -> Verdict:
         job, clock = self.job, self._backend.clock
-        seen, outputs = self._measured
-        if found != seen:
-            outputs = await self._backend.measure(found)
+        outputs = await self._measured(found)
         outputs = tuple(
             msgspec.structs.replace(output, url=output_url(job.workflow_id, n)) if output.filename else output
             for n, output in enumerate(outputs)
@@ -458,9 +466,24 @@ class AttemptRun:
             node_type=error.node_type or None,
         )
 
+    async def _measured(self, found: list[Output]) -> tuple[Output, ...]:
+        """With size and etag: known since ComfyUI named the file, or asked for now."""
+        known = {_file(output): output for measuring in self._measuring for output in await measuring if output.etag}
+        outputs = [
+            msgspec.structs.replace(output, size=same.size, etag=same.etag) if same is not None else output
+            for output, same in ((output, known.get(_file(output))) for output in found)
+        ]
+        if any(output.filename and output.size is None for output in outputs):
+            return await self._backend.measure(found)
+        return tuple(outputs)
+
     def _node_words(self, error: ExecutionError) -> str:
         node = self.job.nodes.get(error.node_id)
         return f"{node.name} (node {error.node_id}): " if node else ""
+
+
+def _file(output: Output) -> tuple[str | None, ...]:
+    return output.node_id, output.type, output.subfolder, output.filename
 
 
 def is_out_of_memory(error: ExecutionError) -> bool:

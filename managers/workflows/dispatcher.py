@@ -48,10 +48,14 @@ class Publisher(Protocol):
 
 
 class DispatcherConfig(Struct, frozen=True, kw_only=True):
-    """`prefetch`: post the next workflow while one runs, where a single prompt can be interrupted."""
+    """`prefetch`: post the next workflow while one runs, where a single prompt can be interrupted.
+
+    `free_when_idle_seconds`: after so much idleness ComfyUI is asked to free the card's memory; 0 is never.
+    """
 
     backend: BackendConfig
     prefetch: bool = True
+    free_when_idle_seconds: float = 0
 
 
 class Dispatcher:
@@ -85,6 +89,8 @@ class Dispatcher:
         self._slots: dict[str, _Slot] = {}
         self._wake = asyncio.Event()
         self._draining = False
+        self._idle_since = clock.monotonic()
+        self._freed = True  # until a first workflow has loaded something
         self._claiming = False
         self._expecting = False
         self._doomed: set[str] = set()  # cancelled while a claim was on its way, which may have taken them
@@ -97,9 +103,25 @@ class Dispatcher:
                 self._begin(claimed, posted=True)
             self._tasks.create_task(self.backend.run(lambda: self._slots), name=f"backend {self.name}")
             while True:
-                await self._wake.wait()
+                await self._woken()
                 self._wake.clear()
                 await self._fill()
+
+    async def _woken(self) -> None:
+        """Until there may be work; after long idleness the memory of the card is given back, once."""
+        patience = self._config.free_when_idle_seconds
+        while patience and not (self._slots or self._freed or self._wake.is_set()):
+            left = self._idle_since + patience - self._clock.monotonic()
+            try:
+                async with asyncio.timeout(max(left, 0)):
+                    await self._wake.wait()
+            except TimeoutError:
+                self._freed = True
+                try:
+                    await self.backend.client.free()
+                except BackendUnavailable as error:
+                    log.warning("could not free memory", backend=self.name, reason=str(error))
+        await self._wake.wait()
 
     async def aclose(self) -> None:
         """After `run` has ended for good."""
@@ -194,6 +216,7 @@ class Dispatcher:
         )
 
     def _begin(self, claimed: Claimed, *, posted: bool, cancelled: bool = False) -> None:
+        self._freed = False
         slot = _Slot(self, claimed, posted=posted)
         self._slots[claimed.attempt.prompt_id] = slot
         if claimed.workflow.final or cancelled:
@@ -211,6 +234,7 @@ class Dispatcher:
             await self._until_stored(lambda: self._settle(slot, verdict))
         finally:
             del self._slots[prompt_id]
+            self._idle_since = self._clock.monotonic()
             self._live.pop(slot.claimed.workflow.id, None)
             self.wake()
 
@@ -297,7 +321,7 @@ class _Slot:
         self.over = False
         self.place = (claimed.workflow.rank, claimed.workflow.number)
         self._dispatcher = dispatcher
-        self._starting = False
+        self._held: list[LiveEvent] | None = None  # what came before workflow:started was on disk
         self._nodes = dispatcher._describe(claimed.graph)  # noqa: SLF001  # a part of the dispatcher
         self.run = self._new_run(posted=posted)
 
@@ -324,19 +348,19 @@ class _Slot:
 
     def started(self, start_time: int) -> None:
         """Write the start, and see whether another may be posted ahead now."""
-        self._starting = True
+        self._held = []
         self._dispatcher.note(self._write_start(start_time))
         self._dispatcher.wake()
 
     async def _write_start(self, start_time: int) -> None:
-        """Progress is told when workflow:started has been: it waits for the disk, the latest of it."""
+        """What is live is told after workflow:started, which waits for the disk."""
         try:
             await self._dispatcher._store.start(self.claimed.attempt.prompt_id, start_time)  # noqa: SLF001
         finally:
-            self._starting = False
-            progress = self._dispatcher._live.get(self.claimed.workflow.id)  # noqa: SLF001
-            if progress is not None and not self.over:
-                self.publish(progress)
+            held, self._held = self._held, None
+            for event in held or ():
+                if not self.over:
+                    self.publish(event)
 
     def ended(self) -> None:
         """The next may go there while the verdict of this one is read and written."""
@@ -359,8 +383,9 @@ class _Slot:
             return
         if isinstance(event, WorkflowProgress):
             self._dispatcher._live[self.claimed.workflow.id] = event  # noqa: SLF001
-            if self._starting:
-                return
+        if self._held is not None:
+            self._held.append(event)
+            return
         self._dispatcher._events.publish(event)  # noqa: SLF001
 
 

@@ -205,14 +205,13 @@ class WorkflowManager:
         checked, _ = await self._check(submission, strict=strict)
         failure = _failure(checked.findings)
         bad = bool(checked.findings) if strict else failure is not None
-        waiting = self.store.counts().waiting
-        ahead = sum(waiting[priority] for priority in Priority if priority <= submission.priority)
+        place = rank(submission.priority, self._clock.now_ms(), self._config.aging_seconds)
         return DryRun(
             valid=not bad,
             status=Status.FAILED if bad else Status.QUEUED,
             errors=tuple(checked.findings),
             eligible_backends=tuple(checked.eligible),
-            queue_position=ahead,
+            queue_position=0 if bad else self.store.ahead(submission.gpu, place),
         )
 
     async def retry(self, workflow_id: str) -> Submitted:

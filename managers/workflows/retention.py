@@ -22,7 +22,7 @@ DAY_MS = 86_400_000
 
 
 class RetentionConfig(Struct, frozen=True, kw_only=True):
-    """How long records are kept, in days (0: for ever), and the pace: rows a step, steps a round, rests in seconds."""
+    """How many days records are kept (0: for ever), and the pace: rows a step, steps a round, rests in seconds."""
 
     days: int = 30
     step_rows: int = 100
@@ -65,7 +65,7 @@ class Retention:
         self._pause = pause
 
     async def run(self) -> None:
-        """Sweep now, and again and again until cancelled. What goes wrong is told, and tried again in the next round."""
+        """Sweep now, and again and again until cancelled. What goes wrong is told, and tried again later."""
         while True:
             done = True
             try:

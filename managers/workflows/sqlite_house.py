@@ -10,7 +10,7 @@ import itertools
 import os
 import socket
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import IO
@@ -59,7 +59,6 @@ class House(Struct):
 def open_house(
     directory: Path,
     aging_seconds: float,
-    monotonic: Callable[[], float],
     migrations: Sequence[str] = MIGRATIONS,
 ) -> House:
     """Take the folder, bring the file up to date, rebuild what lives in memory. Raises `StoreUnavailable`.
@@ -76,7 +75,7 @@ def open_house(
     connection = None
     path = directory / FILE_NAME
     try:
-        version = examine(path, monotonic, len(migrations))
+        version = examine(path, len(migrations))
         connection = connect_writer(path)
         _bring_up_to_date(connection, path, version, migrations)
         # A file that may not be written is opened without complaint: better to hear of it now.
@@ -222,21 +221,19 @@ def prune_workflows(transaction: Transaction, numbers: Sequence[int]) -> int:
     return len(numbers)
 
 
-def prune_keys(transaction: Transaction, before_ms: int, limit: int) -> int:
-    """Idempotency keys of another day."""
-    return transaction.execute(sql.PRUNE_IDEMPOTENCY, (before_ms, limit)).rowcount
+def tidy(transaction: Transaction, before_ms: int, limit: int) -> int:
+    """Idempotency keys of another day; when there are none left, free pages."""
+    return transaction.execute(sql.PRUNE_IDEMPOTENCY, (before_ms, limit)).rowcount or _shrink(transaction, limit)
 
 
-def shrink(transaction: Transaction, pages: int) -> int:
+def _shrink(transaction: Transaction, pages: int) -> int:
     """Give free pages back to the disk, all but a quarter of the file: that much will be used again."""
-    free = transaction.execute(sql.FREE_PAGES).fetchone()[0]
+    before = free = transaction.execute(sql.FREE_PAGES).fetchone()[0]
     spare = max(_SPARE_PAGES, transaction.execute(sql.ALL_PAGES).fetchone()[0] // 4)
-    if free <= spare:
-        return 0
-    transaction.execute(
-        f"{sql.GIVE_BACK}({min(pages, free - spare)})"
-    ).fetchall()  # a row a page, none without asking
-    return int(free - transaction.execute(sql.FREE_PAGES).fetchone()[0])
+    for _ in range(min(pages, free - spare)):
+        transaction.execute(sql.GIVE_BACK)
+    free = transaction.execute(sql.FREE_PAGES).fetchone()[0]
+    return int(before - free)
 
 
 # ---- the copy

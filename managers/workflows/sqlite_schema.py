@@ -7,8 +7,9 @@ writes: a file that is refused is left byte for byte as it was.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from managers.errors import StoreUnavailable
@@ -17,7 +18,7 @@ FILE_NAME = "workflows.sqlite3"
 CHECK_SECONDS = 5.0
 """How long a start may look for damage: some GB from a quick disk. What is behind that is found when it is read."""
 
-_STEPS_A_LOOK = 10_000
+_AGAIN_SECONDS = 0.002
 
 _FIRST = """
 CREATE TABLE workflow (
@@ -151,7 +152,7 @@ def connect_reader(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def examine(path: Path, monotonic: Callable[[], float], newest: int = len(MIGRATIONS)) -> int:
+def examine(path: Path, newest: int = len(MIGRATIONS), check_seconds: float = CHECK_SECONDS) -> int:
     """The schema of the file, 0 for a new one; nothing is changed, a log left by a crash is read with it.
 
     Raises `StoreUnavailable` for a damaged file and for a schema beyond `newest`.
@@ -169,7 +170,7 @@ def examine(path: Path, monotonic: Callable[[], float], newest: int = len(MIGRAT
                     f"The store was written by a newer version of this service (schema {version}; this one knows "
                     f"{newest}): install that version, or use another data folder"
                 )
-            found = _damage(connection, monotonic)
+            found = _damage(connection, check_seconds)
             if found is None and not (log.exists() and log.stat().st_size):
                 pages, page_size = (
                     connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "page_size")
@@ -188,19 +189,36 @@ def examine(path: Path, monotonic: Callable[[], float], newest: int = len(MIGRAT
     return version
 
 
-def _damage(connection: sqlite3.Connection, monotonic: Callable[[], float]) -> str | None:
+def _damage(connection: sqlite3.Connection, seconds: float) -> str | None:
     """What is wrong with the structure of the file, as far as there is time to look."""
-    deadline = monotonic() + CHECK_SECONDS
-    connection.set_progress_handler(lambda: monotonic() > deadline, _STEPS_A_LOOK)
     try:
-        finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        with _interrupted_after(seconds, connection):
+            finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     except sqlite3.OperationalError as error:
         if error.sqlite_errorname != "SQLITE_INTERRUPT":
             raise
         return None
-    finally:
-        connection.set_progress_handler(None, 0)
     return None if finding == "ok" else " ".join(str(finding).split())
+
+
+@contextmanager
+def _interrupted_after(seconds: float, connection: sqlite3.Connection) -> Iterator[None]:
+    """Stop what it does when the time is over. (A progress handler is not asked while a tree is being checked.)"""
+    done = threading.Event()
+
+    def watch() -> None:
+        wait = seconds
+        while not done.wait(wait):
+            connection.interrupt()
+            wait = _AGAIN_SECONDS
+
+    watcher = threading.Thread(target=watch, name="store-check", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
 
 
 def migrate(connection: sqlite3.Connection, version: int, migrations: Sequence[str] = MIGRATIONS) -> None:

@@ -65,8 +65,8 @@ GET_SETTING = "SELECT value FROM setting WHERE name = ?"
 SET_SETTING = "INSERT OR REPLACE INTO setting (name, value) VALUES (?, ?)"
 
 # The newest workflow and event always stay: their numbers are where counting goes on after a restart.
-# A workflow goes after its events. They carry our own time and go in the order of the log, so whoever had its last one
-# pruned ended long ago, whatever the clock of its ComfyUI says; its `completion_time` is only the quick way to it.
+# A workflow goes after its events. They carry our own time and go in the order of the log, so when its last one has
+# gone, it ended long ago, whatever the clock of its ComfyUI says: `completion_time` is only the quick way to it.
 FORGETTABLE = (
     "SELECT w.number FROM workflow w WHERE (w.completion_time < ? OR w.completion_time > ?)"
     " AND NOT EXISTS (SELECT 1 FROM event e WHERE e.workflow = w.number)"
@@ -87,7 +87,7 @@ OLDEST_EVENTS = "SELECT seq, created_at FROM event WHERE seq <= ? ORDER BY seq L
 PRUNE_EVENTS = "DELETE FROM event WHERE seq <= ? AND seq < (SELECT max(seq) FROM event)"
 FREE_PAGES = "PRAGMA freelist_count"
 ALL_PAGES = "PRAGMA page_count"
-GIVE_BACK = "PRAGMA incremental_vacuum"
+GIVE_BACK = "PRAGMA incremental_vacuum(1)"  # the module takes one step of it, whatever the number
 
 # ---- reading
 

@@ -171,6 +171,10 @@ class SqliteStore:
         entry = self._line.get(workflow_id)
         return None if entry is None else self._line.position(entry)
 
+    def ahead(self, gpu: str, rank: int) -> int:
+        """See the port."""
+        return self._line.ahead(gpu, rank)
+
     def next_in_line(self, pools: Collection[str]) -> tuple[int, int] | None:
         """See the port."""
         entry = self._line.next(pools)
@@ -235,9 +239,7 @@ class SqliteStore:
             if numbers := await self._read(sqlite_reads.forgettable, before_ms, now, limit):
                 return await self._patiently(sqlite_house.prune_workflows, numbers)
         yesterday = self._clock.now_ms() - sqlite_submit.DAY_MS
-        return await self._patiently(sqlite_house.prune_keys, yesterday, limit) or await self._patiently(
-            sqlite_house.shrink, limit
-        )
+        return await self._patiently(sqlite_house.tidy, yesterday, limit)
 
     async def check(self) -> None:
         """Raises `StoreUnavailable` when the file cannot be read, or when writing failed and still does."""
@@ -262,7 +264,6 @@ class SqliteStore:
                 sqlite_house.open_house,
                 self._directory,
                 self._aging_seconds,
-                self._clock.monotonic,
                 self._migrations,
             )
         except BaseException:

@@ -142,6 +142,10 @@ class WorkflowStore(EventLog, Protocol):
         """How many wait for the same pool and would start before it; None when it does not wait. From memory."""
         ...
 
+    def ahead(self, gpu: str, rank: int) -> int:
+        """How many wait for this pool and would start before a workflow that came now with this rank. From memory."""
+        ...
+
     def next_in_line(self, pools: Collection[str]) -> tuple[int, int] | None:
         """(rank, number) of what `claim` would take, or None. From memory."""
         ...

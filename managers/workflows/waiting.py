@@ -6,6 +6,7 @@ ahead of the disk and one that follows it, and feeds the second with the `Change
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable
 from enum import Enum
 
@@ -85,6 +86,11 @@ class Line:
             if line:
                 before += line.bisect_left(entry)
         return before
+
+    def ahead(self, gpu: str, rank: int) -> int:
+        """How many of the pool would be before one that came now with this rank."""
+        newest = Entry(rank=rank, number=sys.maxsize, id="", gpu=gpu, level=0, created_at=0)
+        return sum(line.bisect_right(newest) for line in self._pools.get(gpu, ()))
 
     def next(self, pools: Collection[str]) -> Entry | None:
         """The first of these pools that nobody holds; None when there is none, or when paused."""

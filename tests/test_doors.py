@@ -1,0 +1,487 @@
+"""What the doors do with clients that mean no good: raw bytes on real sockets, against the real process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from websockets.frames import Frame, Opcode
+from websockets.sync.client import ClientConnection, connect
+
+from management_api.guarded_http import GuardedHttpProtocol
+from management_api.limits import ClientAddress
+from management_api.values import networks
+from tests.program import KEY, Process, served
+from tests.queue_kit import PATH, picture
+from tests.simulator_process import simulator
+
+SECONDS = 10
+STREAM = "/v1/comfyui/stream"
+AUTHORIZED = b"X-API-Key: " + KEY.encode() + b"\r\n"
+
+
+class Doors:
+    """The process, and ways to reach it."""
+
+    def __init__(self, url: str, process: Process) -> None:
+        self.url = url
+        self.process = process
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        self.address = (host, int(port))
+        self.client = httpx.Client(base_url=url, headers={"X-API-Key": KEY}, timeout=SECONDS)
+
+    def open(self, data: bytes = b"") -> socket.socket:
+        """A connection that has said this."""
+        connection = socket.create_connection(self.address, SECONDS)
+        if data:
+            connection.sendall(data)
+        return connection
+
+    def listen(self) -> ClientConnection:
+        """A well-behaved socket on the stream."""
+        return connect(self.url.replace("http", "ws") + STREAM, additional_headers={"X-API-Key": KEY})
+
+    def errors(self) -> list[str]:
+        """What the service logged as its own failure."""
+        return [line for line in self.process.seen if '"level":"error"' in line]
+
+
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    folder = tmp_path_factory.mktemp("doors")
+    with (
+        simulator(folder / "comfyui") as (comfyui, _),
+        served(folder, COMFYUI_URL=comfyui, LOG_LEVEL="debug", LOG_FORMAT="json") as (url, process),
+    ):
+        found = Doors(url, process)
+        with found.client:
+            yield found
+        assert not found.errors()
+
+
+def read_reply(connection: socket.socket, method: str = "GET") -> tuple[http.client.HTTPResponse, bytes]:
+    """The next reply, and its body."""
+    reply = http.client.HTTPResponse(connection, method=method)
+    reply.begin()
+    return reply, reply.read()
+
+
+def outcome(send: Callable[[], None], connection: socket.socket) -> int:
+    """The status of the reply to something that may be broken off while it is sent; 0: broken off without one."""
+    try:
+        send()
+    except OSError:
+        pass
+    try:
+        return read_reply(connection)[0].status
+    except (OSError, http.client.HTTPException):
+        return 0
+
+
+# ---- heads
+
+VALUES = st.one_of(
+    st.binary(max_size=60),
+    st.sampled_from(
+        [b"*/*;q=\xff", b"text/event-stream", b"application/openmetrics-text; version=9", b"bytes=-", b"bytes=0-0,2-"]
+        + [
+            b"bytes=99999999999999999999-",
+            b'W/"',
+            b"*",
+            b"Sun, 31 Feb 1999 99:99:99 GMT",
+            b"wait=99999999999",
+            b"wait=",
+        ]
+        + [
+            b"handling=strict;wait=-1",
+            b"-1",
+            b"9" * 30,
+            b"127.0.0.1",
+            b"::1, , ,[",
+            b"bearer, ",
+            b"null",
+            b"\xc3\x28",
+        ]
+    ),
+).map(lambda value: bytes(byte for byte in value if byte == 9 or 32 <= byte != 127).strip())
+NAMES = st.sampled_from(
+    b"Accept Accept-Encoding Authorization Content-Type Cookie Forwarded Host Idempotency-Key If-Match If-None-Match "
+    b"If-Modified-Since If-Unmodified-Since If-Range Last-Event-ID Origin Prefer Range Referer Sec-WebSocket-Protocol "
+    b"X-API-Key X-Forwarded-For X-Forwarded-Host X-HTTP-Method-Override X-Real-IP X-Request-ID "
+    b"Access-Control-Request-Method".split()
+)
+QUERIES = st.one_of(
+    st.text("&=%;+[]0123456789abcdefABCDEF", max_size=30),
+    st.tuples(
+        st.sampled_from(
+            ["limit", "since", "cursor", "status", "gpu", "type", "backend", "include", "dryRun", "ticket"]
+        ),
+        st.sampled_from(
+            ["-1", "9" * 25, "1e5", "%00", "%ff", "%F0%9F%98%80", "true", "", "%2e%2e%2f", "nan", "bl8x"]
+        ),
+    ).map("=".join),
+)
+TARGETS = st.sampled_from(
+    [
+        "/",
+        "/health",
+        "/metrics",
+        "/docs/json",
+        PATH,
+        f"{PATH}/x",
+        f"{PATH}/{'0' * 8}-0000-4000-8000-{'0' * 12}/events",
+    ]
+    + [
+        "/v1/comfyui/models",
+        "/v1/comfyui/outputs",
+        "/v1/comfyui/output/kit_00001_.png",
+        "/v1/comfyui/output/%2e%2e/x",
+    ]
+    + ["/v1/comfyui/output/%ff", f"{PATH}/x/outputs/{'9' * 30}", "//", "/%00", "/v1/comfyui/queue/resume", STREAM]
+)
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    method=st.sampled_from(["GET", "HEAD", "POST", "DELETE", "PATCH", "OPTIONS", "PUT", "TRACE"]),
+    target=TARGETS,
+    query=QUERIES,
+    headers=st.lists(st.tuples(NAMES, VALUES), max_size=8),
+)
+@example(method="GET", target=PATH, query="since=-94046655562731873107968", headers=[])
+@example(method="GET", target=PATH, query=f"since={2**63}", headers=[(b"Accept", b"\xff")])
+def test_whatever_the_head_says(
+    doors: Doors, method: str, target: str, query: str, headers: list[tuple[bytes, bytes]]
+) -> None:
+    head = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    request = f"{method} {target}?{query} HTTP/1.1\r\n".encode() + AUTHORIZED
+    request += b"Host: x\r\nContent-Length: 0\r\nConnection: close\r\n" + head + b"\r\n"
+    with doors.open(request) as connection:
+        reply, body = read_reply(connection, method)
+    assert reply.status < 500, (reply.status, body)
+    (request_id,) = reply.headers.get_all("x-request-id", [])
+    assert KEY.encode() not in body
+    assert KEY not in str(reply.headers)
+    if reply.status >= 400 and method != "HEAD":
+        assert reply.headers["content-type"] == "application/problem+json"
+        problem = json.loads(body)
+        assert (problem["status"], problem["requestId"]) == (reply.status, request_id)
+        assert b"/site-packages/" not in body
+        assert "allow" in reply.headers or reply.status != 405
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),  # TLS
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"GET /health\r\n\r\n", 400),
+        (b"GET  HTTP/1.1\r\n\r\n", 400),
+        (b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n folded: no\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 20_000 + b"\r\n", 431),
+        (b"GET /health?" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", 431),
+    ],
+    ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else None,
+)
+def test_what_is_no_request_is_told_so_and_the_connection_ends(doors: Doors, request_: bytes, status: int) -> None:
+    with doors.open(request_) as connection:
+        reply, body = read_reply(connection)
+        assert reply.status == status, body
+        assert reply.headers["content-type"] == "application/problem+json"
+        assert reply.headers["connection"] == "close"
+        problem = json.loads(body)
+        assert (problem["status"], problem["requestId"]) == (status, reply.headers["x-request-id"])
+        with_what_is_left = b""
+        while more := connection.recv(65536):  # the server does not stay
+            with_what_is_left += more
+        assert not with_what_is_left
+
+
+def test_a_head_without_an_end_is_broken_off(doors: Doors) -> None:
+    for start, piece in ((b"GET / HTTP/1.1\r\nA: ", b"a" * 65536), (b"GET / HTTP/1.1\r\n", b"a: b\r\n" * 10_000)):
+        with doors.open(start) as connection:
+            sent = [0]
+
+            def send(piece: bytes = piece, connection: socket.socket = connection, sent: list[int] = sent) -> None:
+                while sent[0] < 1 << 28:
+                    connection.sendall(piece)
+                    sent[0] += len(piece)
+
+            assert outcome(send, connection) in (0, 431)
+            assert sent[0] < 1 << 24, "what the kernel takes, but not what the process keeps"
+
+
+def test_a_body_for_nobody_is_broken_off(doors: Doors) -> None:
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-Key: wrong\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    for piece in (b"10000\r\n" + b"a" * 65536 + b"\r\n", b"0\r\n" + b"a: b\r\n" * 10_000):
+        with doors.open(head) as connection:
+            assert read_reply(connection)[0].status == 401
+            sent = 0
+            with pytest.raises(OSError):  # noqa: PT011 -- reset or broken pipe
+                while sent < 1 << 28:
+                    connection.sendall(piece)
+                    sent += len(piece)
+            assert sent < 1 << 26
+
+
+# ---- who is asking
+
+ADDRESS_LISTS = st.lists(
+    st.one_of(VALUES, st.sampled_from([b"1.2.3.4", b"[::1]:80", b"10.0.0.1, 10.0.0.2", b"unknown"]))
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lists=ADDRESS_LISTS)
+def test_a_forwarded_address_is_never_anything_else(lists: list[bytes]) -> None:
+    headers = [(b"x-forwarded-for", value) for value in lists]
+    assert ClientAddress().of("192.0.2.9", headers) == "192.0.2.9"
+    trusting = ClientAddress(networks("192.0.2.0/24,10.0.0.0/8"))
+    assert trusting.of("198.51.100.7", headers) == "198.51.100.7", "a peer that nobody trusts"
+    found = trusting.of("192.0.2.9", headers)
+    assert socket.inet_pton(socket.AF_INET6 if ":" in found else socket.AF_INET, found)
+
+
+def test_an_invented_address_does_not_get_around_the_limit(tmp_path: Path) -> None:
+    with served(tmp_path, MANAGEMENT_API_RATE_LIMIT="5/minute") as (url, _):
+        with httpx.Client(base_url=url, headers={"X-API-Key": KEY}) as client:
+            statuses = [
+                client.get(PATH, headers={name: f"198.51.100.{n}"}).status_code
+                for n, name in enumerate(["X-Forwarded-For", "Forwarded", "X-Real-IP", "X-Client-IP"] * 3)
+            ]
+    assert statuses == [200] * 5 + [429] * 7
+
+
+# ---- slow clients
+
+
+class Impatient(GuardedHttpProtocol):
+    head_seconds = 0.3
+
+
+@asynccontextmanager
+async def impatient() -> AsyncIterator[tuple[str, int]]:
+    """A server with little patience; its app takes longer than that, and reads no body."""
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            while (await receive())["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": "heard"})
+            return
+        if scope["path"] == "/long":
+            await asyncio.sleep(1)
+        elif scope["path"] == "/body":
+            while (await receive())["more_body"]:
+                pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    config = uvicorn.Config(
+        cast("Any", app), http=Impatient, ws="management_api.fast_websocket:FastWebSocketProtocol", lifespan="off"
+    )
+    config.load()
+    server = uvicorn.Server(config)
+    server.lifespan = config.lifespan_class(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        await server.startup(sockets=[listener])
+        try:
+            yield address
+        finally:
+            await server.shutdown(sockets=[listener])
+
+
+async def trickle(address: tuple[str, int], first: bytes, piece: bytes) -> float:
+    """Seconds until the server ends a connection that goes on with `piece` again and again."""
+    reader, writer = await asyncio.open_connection(*address)
+    began = time.monotonic()
+
+    async def go_on() -> None:
+        writer.write(first)
+        while piece:
+            await asyncio.sleep(0.05)  # the slowness is the point
+            writer.write(piece)
+
+    task = asyncio.create_task(go_on())
+    try:
+        async with asyncio.timeout(SECONDS):
+            while await reader.read(1000):
+                pass
+    except ConnectionError:
+        pass
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        writer.close()
+    return time.monotonic() - began
+
+
+async def test_who_is_slow_with_a_head_is_left() -> None:
+    post = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n"
+    async with impatient() as address:
+        seconds = await asyncio.gather(
+            trickle(address, b"", b""),  # says nothing
+            trickle(address, b"GET / HTTP/1.1\r\n", b""),
+            trickle(address, b"GET / HTTP/1.1\r\n", b"a: b\r\n"),
+            trickle(address, b"GET / HTTP/1.1\r\nA: ", b"a"),
+            trickle(address, b"\r\n", b"\r\n"),
+            trickle(address, b"GET / HTTP/1.1\r\n\r\n", b"\r\n"),  # has had its answer
+            trickle(address, b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n", b"a: b\r\n"),
+            trickle(address, post, b"a"),
+        )
+    assert all(0.2 < one < 3 for one in seconds), seconds
+
+
+async def test_who_is_slow_for_a_reason_is_not() -> None:
+    async with impatient() as address:
+        async with httpx.AsyncClient(base_url=f"http://{address[0]}:{address[1]}") as client:
+            assert (await client.get("/long")).text == "ok"
+
+            async def body() -> AsyncIterator[bytes]:
+                for _ in range(10):
+                    await asyncio.sleep(0.1)
+                    yield b"a"
+
+            assert (await client.post("/body", content=body())).text == "ok"
+
+            def converse() -> list[str | bytes]:
+                with connect(f"ws://{address[0]}:{address[1]}/") as stream:
+                    heard = []
+                    for _ in range(2):
+                        time.sleep(0.5)
+                        stream.send("hello")
+                        heard.append(stream.recv(SECONDS))
+                    return heard
+
+            assert await asyncio.to_thread(converse) == ["heard", "heard"]
+
+
+def test_half_open_connections_stop_nobody(doors: Doors) -> None:
+    with ExitStack() as stack:
+        for n in range(200):
+            started = (b"", b"GET /health HTTP/1.1\r\nHo", f"POST {PATH} HTTP/1.1\r\n".encode() + AUTHORIZED)[n % 3]
+            stack.enter_context(doors.open(started))
+        began = time.monotonic()
+        listener = stack.enter_context(doors.listen())
+        reply = doors.client.post(PATH, json={"workflow": picture()}, headers={"Prefer": f"wait={SECONDS}"})
+        assert reply.json()["status"] == "completed"
+        assert json.loads(listener.recv(SECONDS))["workflowId"] == reply.json()["workflowId"]
+        assert time.monotonic() - began < SECONDS / 2
+
+
+# ---- frames
+
+FRAMES = st.one_of(
+    st.builds(Frame, st.just(Opcode.TEXT), st.binary(max_size=80), st.booleans()),
+    st.builds(Frame, st.just(Opcode.TEXT), st.text(max_size=80).map(str.encode), st.just(True)),
+    st.builds(
+        Frame,
+        st.just(Opcode.TEXT),
+        st.fixed_dictionaries(
+            {"type": st.sampled_from(["ping", "subscribe", "unsubscribe", "", "pong", None])},
+            optional={
+                "workflowId": st.recursive(
+                    st.none() | st.text(max_size=9), lambda inner: st.lists(inner, max_size=3)
+                ),
+                "channels": st.lists(st.sampled_from(["workflow", "preview", "gpu", "x"]), max_size=3) | st.text(),
+                "since": st.integers() | st.floats() | st.text(max_size=3),
+            },
+        ).map(lambda value: json.dumps(value).encode()),
+        st.just(True),
+    ),
+    st.builds(Frame, st.just(Opcode.BINARY), st.binary(max_size=80), st.booleans()),
+    st.builds(Frame, st.just(Opcode.CONT), st.binary(max_size=80), st.booleans()),
+    st.builds(Frame, st.sampled_from([Opcode.PING, Opcode.PONG]), st.binary(max_size=125), st.just(True)),
+    st.builds(Frame, st.just(Opcode.TEXT), st.just(b"[" * 60_000), st.just(True)),
+    st.builds(Frame, st.just(Opcode.TEXT), st.just(b'"' + b"x" * (1 << 20)), st.just(True)),
+    st.builds(Frame, st.just(Opcode.CLOSE), st.binary(max_size=125), st.just(True)),
+).map(lambda frame: frame.serialize(mask=True))
+GARBAGE = st.one_of(
+    st.binary(min_size=1, max_size=60),
+    st.just(b"\x81\xff" + b"\x7f" + b"\xff" * 7 + b"mask"),  # a frame of 2^63 bytes
+    st.just(b"\x81\x05hello"),  # without a mask
+    st.just(b"\xf1\x80mask"),  # reserved bits
+    st.just(b"\x09\x80mask"),  # a ping in pieces
+)
+
+
+def handshake(doors: Doors) -> socket.socket:
+    """A socket on the stream, for bytes of our own."""
+    key = base64.b64encode(os.urandom(16))
+    connection = doors.open(
+        f"GET {STREAM} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n".encode()
+        + b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: " + key + b"\r\n" + AUTHORIZED + b"\r\n"
+    )  # fmt: skip
+    reply = http.client.HTTPResponse(connection)
+    reply.begin()
+    assert reply.status == 101
+    return connection
+
+
+@pytest.fixture(scope="module")
+def listener(doors: Doors) -> Iterator[ClientConnection]:
+    with doors.listen() as connection:
+        yield connection
+
+
+@settings(
+    max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(frames=st.lists(FRAMES, max_size=25), garbage=st.none() | GARBAGE)
+def test_whatever_frames_are_sent(
+    doors: Doors, listener: ClientConnection, frames: list[bytes], garbage: bytes | None
+) -> None:
+    with handshake(doors) as connection:
+        try:
+            for frame in frames:
+                connection.sendall(frame)
+            connection.sendall(garbage or Frame(Opcode.CLOSE, b"\x03\xe8").serialize(mask=True))
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(65536):  # it is ended by the service, in every case
+                pass
+        except ConnectionError:
+            pass
+    listener.send('{"type":"ping"}')
+    assert json.loads(listener.recv(SECONDS))["type"] == "pong"
+
+
+def test_who_sends_only_rubbish_is_closed_and_others_hear_on(doors: Doors, listener: ClientConnection) -> None:
+    for rubbish in ("{", b"\0" * 1000, "x" * 70_000, '{"type":"subscribe","workflowId":"1"}'):
+        with doors.listen() as stream:
+            for _ in range(20):
+                stream.send(rubbish)
+            heard = [json.loads(message) for message in stream]
+            assert {frame["type"] for frame in heard} == {"error"}
+            assert stream.protocol.close_code == 1008
+    with doors.listen() as stream:
+        stream.send("x" * (1 << 21))
+        assert list(stream) == []
+        assert stream.protocol.close_code == 1009
+    reply = doors.client.post(PATH, json={"workflow": picture()})
+    assert json.loads(listener.recv(SECONDS))["workflowId"] == reply.json()["workflowId"]

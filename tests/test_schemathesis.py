@@ -1,0 +1,65 @@
+"""Every operation of the OpenAPI description, with data made from it, right and wrong, against the real service with
+a real ComfyUI process behind it: what comes back is what the description says, whatever was sent.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.program import KEY, served
+from tests.queue_kit import PATH, picture
+from tests.simulator_process import simulator
+
+# DELETE on a workflow cancels it, and its record stays. What a schema cannot say is refused with 400 or 422: a name
+# that no backend has, a cursor that we never gave, a graph that cannot run, metadata that is too long.
+CONFIG = """
+warnings = false
+
+[checks]
+use_after_free.enabled = false
+
+[phases.stateful]
+max-steps = 5
+
+[[operations]]
+include-name = [
+  "GET /v1/comfyui/workflow", "GET /v1/comfyui/outputs", "GET /v1/comfyui/output/{path}",
+  "HEAD /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow",
+]
+checks.positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "404", "409", "416", "422"]
+"""
+EXAMPLES = 15
+SECONDS = 240
+
+
+@pytest.mark.slow
+def test_every_door_does_what_its_description_says(tmp_path: Path) -> None:
+    (tmp_path / "comfyui").mkdir()
+    (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    with (
+        simulator(tmp_path / "comfyui") as (comfyui, _),
+        served(tmp_path, COMFYUI_URL=comfyui, LOG_LEVEL="debug", LOG_FORMAT="json") as (url, process),
+        httpx.Client(base_url=url, headers={"X-API-Key": KEY}) as client,
+    ):
+        for _ in range(2):  # something to list and to read
+            assert client.post(PATH, json={"workflow": picture()}, headers={"Prefer": "wait=20"}).status_code == 200
+        found = subprocess.run(
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/docs/json"]
+            + ["--header", f"X-API-Key: {KEY}", "--max-examples", str(EXAMPLES), "--seed", "1", "--no-color"]
+            + ["--continue-on-failure", "--request-timeout", "10"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert found.returncode == 0, found.stdout + found.stderr
+        assert client.get("/health").status_code == 200
+    errors = [line for line in process.seen if '"level":"error"' in line]
+    assert not errors, errors[:5]
+    assert KEY not in "".join(process.seen)
