@@ -30,17 +30,23 @@ WORKFLOWS, ROUNDS = 200, 6
 PAIRS = 150
 STUCK_SECONDS = 20
 
-_colours = itertools.count(random.SystemRandom().randrange(2**23))
+_numbers = itertools.count()
+_first = random.SystemRandom().randrange(2**24)
+_folder = f"benchmark/{uuid.uuid4()}"
 
 
 def graph() -> dict[str, object]:
-    """Never the same, so that nothing is cached."""
+    """Never the same, so that nothing is cached; and few files in a folder, which SaveImage lists each time."""
+    number = next(_numbers)
     return {
         "1": {
             "class_type": "EmptyImage",
-            "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": next(_colours)},
+            "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": (_first + number) % 2**24},
         },
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "benchmark"}},
+        "2": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["1", 0], "filename_prefix": f"{_folder}/{number // 100}/image"},
+        },
     }
 
 

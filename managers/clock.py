@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-import uuid
 from collections.abc import Callable
 from typing import Protocol
 
@@ -35,5 +35,13 @@ class SystemClock:
 
 
 def new_id() -> str:
-    """A canonical lower-case UUID, the only form newer ComfyUI servers accept (PROTOCOL §2, §8)."""
-    return str(uuid.uuid4())
+    """A canonical lower-case UUID, the only form newer ComfyUI servers accept (PROTOCOL §2, §8).
+
+    Version 7 (RFC 9562): it begins with the time, so that an index of ids grows at its end. Random ids touch a page
+    of their own each, and cost the store up to half its rate.
+    """
+    raw = bytearray((time.time_ns() // 1_000_000).to_bytes(6) + os.urandom(10))
+    raw[6] = raw[6] & 0x0F | 0x70
+    raw[8] = raw[8] & 0x3F | 0x80
+    text = raw.hex()
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

@@ -150,6 +150,15 @@ class Queue:
         for workflow_id in workflow_ids:
             await self.until(workflow_id, "started")
 
+    async def posted(self, workflow_id: str) -> str:
+        """The backend that it was posted to. Asks again and again: no event tells of it."""
+        for _ in range(PATIENCE * 50):
+            backend: str | None = (await self.get(workflow_id))["backend"]
+            if backend is not None:
+                return backend
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{workflow_id} is posted to no backend")
+
     async def ended(self, workflow_id: str) -> View:
         """The workflow when it is final."""
         async with asyncio.timeout(PATIENCE):

@@ -262,6 +262,39 @@ async def test_several_backends_each_one_at_a_time(simulator: Comfy, tmp_path: P
             await empty(queue, simulator, second)
 
 
+async def test_an_idle_backend_takes_what_only_waits_at_another(simulator: Comfy, tmp_path: Path) -> None:
+    with comfy(tmp_path / "second") as second:
+        backends = f"left={simulator.url},right={second.url}"
+        app = create_app(load(environment(tmp_path, COMFYUI_BACKENDS=backends), None))
+        async with house(app) as queue:
+            await queue.connected("left", "right")
+            blocked = {name: await queue.submit(sleeper(), gpu=name) for name in ("left", "right")}
+            await queue.started(*blocked.values())
+            shared = await queue.submit(sleeper())
+            ahead_at = await queue.posted(shared)
+            # The other one becomes free first: it runs there, and that costs no attempt.
+            free = {"left": "right", "right": "left"}[ahead_at]
+            await queue.cancel(blocked[free])
+            await queue.started(shared)
+            view = await queue.get(shared)
+            assert (view["backend"], view["attempt"]) == (free, 1)
+            assert await queue.attempts(shared) == [(1, "withdrawn"), (1, "running")]
+            await empty(queue, simulator, second)
+
+
+async def test_nothing_waits_behind_another_while_a_backend_is_idle(simulator: Comfy, tmp_path: Path) -> None:
+    with comfy(tmp_path / "second") as second:
+        backends = f"left={simulator.url},right={second.url}"
+        app = create_app(load(environment(tmp_path, COMFYUI_BACKENDS=backends), None))
+        async with house(app) as queue:
+            await queue.connected("left", "right")
+            for _ in range(8):  # who looks first is chance
+                both = [await queue.submit(sleeper()) for _ in range(2)]
+                await queue.started(*both)
+                assert {(await queue.get(one))["backend"] for one in both} == {"left", "right"}
+                await empty(queue, simulator, second)
+
+
 async def test_many_over_two_backends_each_exactly_once(simulator: Comfy, tmp_path: Path) -> None:
     with comfy(tmp_path / "second") as second:
         backends = f"left={simulator.url},right={second.url}"

@@ -33,7 +33,14 @@ include-name = [
 ]
 checks.positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "404", "409", "416", "422"]
 """
-EXAMPLES = 15
+OPTIONS = (
+    f"--header=X-API-Key: {KEY}",
+    "--max-examples=15",
+    "--seed=1",
+    "--no-color",
+    "--continue-on-failure",
+    "--request-timeout=10",
+)
 SECONDS = 240
 
 
@@ -49,9 +56,7 @@ def test_every_door_does_what_its_description_says(tmp_path: Path) -> None:
         for _ in range(2):  # something to list and to read
             assert client.post(PATH, json={"workflow": picture()}, headers={"Prefer": "wait=20"}).status_code == 200
         found = subprocess.run(
-            [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/docs/json"]
-            + ["--header", f"X-API-Key: {KEY}", "--max-examples", str(EXAMPLES), "--seed", "1", "--no-color"]
-            + ["--continue-on-failure", "--request-timeout", "10"],
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/docs/json", *OPTIONS],
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -7,7 +7,7 @@ claims, runs, and writes down. One dispatcher a backend.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Protocol
 
 import structlog
@@ -94,7 +94,12 @@ class Dispatcher:
         self._claiming = False
         self._expecting = False
         self._doomed: set[str] = set()  # cancelled while a claim was on its way, which may have taken them
+        self._others: tuple[Dispatcher, ...] = ()
         self._tasks: asyncio.TaskGroup | None = None
+
+    def meet(self, dispatchers: Collection[Dispatcher]) -> None:
+        """Those with whom the work for any backend is shared."""
+        self._others = tuple(other for other in dispatchers if other is not self)
 
     async def run(self) -> None:
         """Reconcile what was open, then hand out work until cancelled. Prompts in ComfyUI are left to it."""
@@ -174,13 +179,29 @@ class Dispatcher:
         """The workflow that executes."""
         return next((slot.claimed.workflow.id for slot in self._slots.values() if slot.run.started), None)
 
+    @property
+    def idle(self) -> bool:
+        """It could begin something at once."""
+        return self.backend.up and not self._draining and not self._there()
+
+    def give_back(self) -> None:
+        """Another backend is idle: what only waits behind something here can run there."""
+        if any(slot.run.started for slot in self._there()):
+            for slot in self._slots.values():
+                if not (slot.run.started or slot.cancelled) and slot.claimed.workflow.gpu == ANY_BACKEND:
+                    slot.run.tell(Signal.WITHDRAW)
+
     # ---- handing out
 
     async def _fill(self) -> None:
         while self.backend.up and not self._draining:
-            waiting = self._store.next_in_line(self.pools)
+            pools = self._open_pools()
+            waiting = self._store.next_in_line(pools)
             expecting, self._expecting = self._expecting and not self._slots, False
             if waiting is None and not expecting:
+                if not (self._there() or self._store.counts().paused):
+                    for other in self._others:
+                        other.give_back()
                 return
             ahead = next((slot for slot in self._slots.values() if not slot.run.started), None)
             if ahead is not None:
@@ -192,7 +213,7 @@ class Dispatcher:
             self._claiming = True
             try:
                 claimed = await self._store.claim(
-                    backend=self.name, pools=self.pools, prompt_id=self._new_id(), now=self._clock.now_ms()
+                    backend=self.name, pools=pools, prompt_id=self._new_id(), now=self._clock.now_ms()
                 )
             except StoreUnavailable as error:
                 log.error("cannot claim", backend=self.name, reason=str(error))
@@ -207,13 +228,23 @@ class Dispatcher:
 
     def _may_claim(self) -> bool:
         """Nothing of ours is in this ComfyUI, or only what executes and may get a neighbour."""
-        there = [slot for slot in self._slots.values() if not slot.run.ended]
+        there = self._there()
         return not there or (
             len(there) == 1
             and self._config.prefetch
             and self.backend.interrupts_by_id
             and not any(slot.cancelled for slot in there)
         )
+
+    def _there(self) -> list[_Slot]:
+        """What this ComfyUI has not ended yet."""
+        return [slot for slot in self._slots.values() if not slot.run.ended]
+
+    def _open_pools(self) -> tuple[str, ...]:
+        """What may be claimed now: work for any backend is not posted ahead while another could begin it."""
+        if self._there() and any(other.idle for other in self._others):
+            return tuple(pool for pool in self.pools if pool != ANY_BACKEND)
+        return self.pools
 
     def _begin(self, claimed: Claimed, *, posted: bool, cancelled: bool = False) -> None:
         self._freed = False
@@ -230,13 +261,15 @@ class Dispatcher:
             verdict = await self._verdict(slot)
             if verdict.result is Result.WITHDRAWN and verdict.error:
                 await asyncio.sleep(_UNREACHABLE_SECONDS)
-            slot.over = True
+            slot.end()
             await self._until_stored(lambda: self._settle(slot, verdict))
         finally:
             del self._slots[prompt_id]
             self._idle_since = self._clock.monotonic()
             self._live.pop(slot.claimed.workflow.id, None)
             self.wake()
+            for other in self._others:  # what was withdrawn here has no event that tells them
+                other.wake()
 
     async def _verdict(self, slot: _Slot) -> Verdict:
         while True:
@@ -255,6 +288,8 @@ class Dispatcher:
         match verdict.result:
             case Result.WITHDRAWN:
                 await self._store.withdraw(prompt_id, now)
+                for other in self._others:  # no event tells them
+                    other.wake()
             case Result.GONE:
                 await self._store.close_attempt(prompt_id, now)
             case Result.LOST:
@@ -318,7 +353,6 @@ class _Slot:
     def __init__(self, dispatcher: Dispatcher, claimed: Claimed, *, posted: bool) -> None:
         self.claimed = claimed
         self.cancelled = False
-        self.over = False
         self.place = (claimed.workflow.rank, claimed.workflow.number)
         self._dispatcher = dispatcher
         self._held: list[LiveEvent] | None = None  # what came before workflow:started was on disk
@@ -359,8 +393,14 @@ class _Slot:
         finally:
             held, self._held = self._held, None
             for event in held or ():
-                if not self.over:
-                    self.publish(event)
+                self.publish(event)
+
+    def end(self) -> None:
+        """The verdict is about to be written. After it there is no more progress; nodes that ran are still told."""
+        held, self._held = self._held, None
+        for event in held or ():
+            if not isinstance(event, WorkflowProgress):
+                self.publish(event)
 
     def ended(self) -> None:
         """The next may go there while the verdict of this one is read and written."""
@@ -375,7 +415,7 @@ class _Slot:
             node_id=node_id,
             outputs=outputs,
         )
-        dispatcher.note(dispatcher._store.append(event))  # noqa: SLF001
+        dispatcher.note(dispatcher._store.append(event, patient=True))  # noqa: SLF001
 
     def publish(self, event: LiveEvent) -> None:
         """Pass on what is live."""

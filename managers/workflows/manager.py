@@ -120,6 +120,8 @@ class WorkflowManager:
     def attach(self, dispatchers: Sequence[Dispatcher]) -> None:
         """Name those who do the work."""
         self._dispatchers = {dispatcher.name: dispatcher for dispatcher in dispatchers}
+        for dispatcher in dispatchers:
+            dispatcher.meet(dispatchers)
         self._catalogs = Catalogs([dispatcher.backend for dispatcher in dispatchers])
 
     @property

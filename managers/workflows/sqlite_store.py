@@ -205,9 +205,9 @@ class SqliteStore:
         """See the port."""
         return await self._read(sqlite_reads.events_of, workflow_id, after)
 
-    async def append(self, event: StoredEvent) -> None:
+    async def append(self, event: StoredEvent, *, patient: bool = False) -> None:
         """See the port."""
-        await self._open_writer().run(lambda transaction: sqlite_house.append(transaction, event), patient=True)
+        await self._open_writer().run(lambda transaction: sqlite_house.append(transaction, event), patient=patient)
 
     # ---- outputs
 

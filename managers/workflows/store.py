@@ -156,8 +156,11 @@ class WorkflowStore(EventLog, Protocol):
 
     # ---- the log (read through `EventLog`)
 
-    async def append(self, event: StoredEvent) -> None:
-        """Store an event that changes no workflow (backend:*, images:generated)."""
+    async def append(self, event: StoredEvent, *, patient: bool = False) -> None:
+        """Store an event that changes no workflow (backend:*, images:generated).
+
+        A `patient` one may wait some milliseconds to share a commit with another write.
+        """
         ...
 
     # ---- outputs
