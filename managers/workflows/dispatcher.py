@@ -288,8 +288,6 @@ class Dispatcher:
         match verdict.result:
             case Result.WITHDRAWN:
                 await self._store.withdraw(prompt_id, now)
-                for other in self._others:  # no event tells them
-                    other.wake()
             case Result.GONE:
                 await self._store.close_attempt(prompt_id, now)
             case Result.LOST:
