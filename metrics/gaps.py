@@ -20,16 +20,19 @@ _START = "comfyui:execution_start"
 _ENDS = frozenset({"comfyui:execution_success", "comfyui:execution_error", "comfyui:execution_interrupted"})
 
 
+_UNTOLD = 64
+"""Starts kept until they are on disk. A run of milliseconds is followed by others before its own start is told."""
+
+
 class _Begun(Struct, frozen=True):
     """A prompt that began `at`, on a backend that had been idle since `idle_since` (epoch ms)."""
 
-    workflow_id: object
     idle_since: int
     at: int
 
 
 class DispatchGaps:
-    """The state is two entries a backend. Other people's prompts in the same ComfyUI look like idleness."""
+    """The state is one entry a backend and a few starts. Other people's prompts in ComfyUI look like idleness."""
 
     def __init__(self) -> None:
         self._gap = Histogram(
@@ -39,7 +42,7 @@ class DispatchGaps:
             registry=None,
         )
         self._idle_since: dict[str, int] = {}
-        self._begun: dict[str, _Begun] = {}
+        self._begun: dict[object, _Begun] = {}  # by workflow
         self.handlers: dict[type, Callable[[Any], None]] = {
             ComfyUIMessage: self._message,
             BackendDisconnected: self._disconnected,
@@ -52,13 +55,8 @@ class DispatchGaps:
 
     def started(self, event: WorkflowStarted) -> None:
         """The start is on disk, and with it since when the workflow waited; a later attempt waited less than that."""
-        begun = self._begun.pop(event.backend, None)
-        if (
-            begun is not None
-            and begun.workflow_id == event.workflow_id
-            and event.created_at is not None
-            and event.attempt == 1
-        ):
+        begun = self._begun.pop(event.workflow_id, None)
+        if begun is not None and event.created_at is not None and event.attempt == 1:
             self._gap.observe(max(0, begun.at - max(begun.idle_since, event.created_at)) / 1000)
 
     def _message(self, message: ComfyUIMessage) -> None:
@@ -68,8 +66,10 @@ class DispatchGaps:
             self._idle_since[message.backend] = message.timestamp
         elif message.type == _START:
             idle_since = self._idle_since.pop(message.backend, None)
-            if idle_since is not None:
-                self._begun[message.backend] = _Begun(message.workflow_id, idle_since, message.timestamp)
+            if idle_since is not None and isinstance(message.workflow_id, str):
+                self._begun[message.workflow_id] = _Begun(idle_since, message.timestamp)
+                if len(self._begun) > _UNTOLD:
+                    del self._begun[next(iter(self._begun))]
 
     def _disconnected(self, event: BackendDisconnected) -> None:
         self._idle_since.pop(event.backend, None)

@@ -209,6 +209,24 @@ class StoreContract(ReadingContract):
         assert await kit.store.lose(prompt, error="gone", error_type="lost", now=1, retry=True) is None
         assert kit.store.counts().running == 0
 
+    async def test_the_second_death_is_poison_whatever_was_asked_for(self, kit: Kit) -> None:
+        workflow = await kit.submit()
+        for prompt, died in (("p1", False), ("p2", True), ("p3", False)):
+            await kit.claim(prompt)
+            await kit.store.start(prompt, kit.clock.now)
+            lost = await kit.store.lose(prompt, error="gone", error_type="lost", now=1, retry=True, died=died)
+            assert lost is not None
+            assert lost.status is Status.QUEUED
+        await kit.claim("p4")
+        await kit.store.start("p4", kit.clock.now)
+        failed = await kit.store.lose("p4", error="gone", error_type="lost", now=9_000, retry=True, died=True)
+        assert failed is not None
+        assert (failed.status, failed.error_type) == (Status.FAILED, "poison")
+        assert "2 times" in (failed.error or "")
+        assert [one.died for one in await kit.store.attempts(workflow.id)] == [False, True, False, True]
+        assert kit.told(workflow.id)[-1] == "workflow:error"
+        assert kit.store.position(workflow.id) is None
+
     async def test_withdrawn_charges_nothing(self, kit: Kit) -> None:
         workflow = await kit.submit()
         await kit.claim("p")

@@ -190,6 +190,17 @@ class ReadingContract(SubmittingContract):
         await kit.store.set_priority(high.id, Priority.LOW)
         assert kit.store.position(high.id) == 2
 
+    async def test_drained_backends_are_remembered(self, kit: Kit) -> None:
+        assert await kit.store.drained() == frozenset()
+        await kit.store.set_drained("a b", True)
+        await kit.store.set_drained("a b", True)
+        await kit.store.set_drained("c", True)
+        await kit.store.set_drained("c", False)
+        await kit.reopen()
+        assert await kit.store.drained() == {"a b"}
+        await kit.store.set_drained("a b", False)
+        assert await kit.store.drained() == frozenset()
+
     async def test_a_client_id_is_made_once_for_each_backend(self, kit: Kit) -> None:
         first, other = await kit.store.client_id("a"), await kit.store.client_id("b")
         assert first != other

@@ -101,6 +101,19 @@ def test_away_or_paused_is_not_idle(between: Any) -> None:
     )
 
 
+def test_short_runs_may_be_told_when_others_have_begun() -> None:
+    told_late = (
+        message("execution_success", "1", 5000),
+        message("execution_start", "2", 5001),
+        message("execution_success", "2", 5003),
+        message("execution_start", "3", 5005),
+        started("2", 0, 5006),
+        started("3", 0, 5006),
+    )
+    found = gaps(message("execution_start", "1", 1000), *told_late)
+    assert found == (2, pytest.approx(0.003))
+
+
 def test_backends_have_gaps_of_their_own() -> None:
     begun = (message("execution_start", "2", 9000, "b"), started("2", 0, 9001, "b"))
     assert gaps(*FIRST, *begun) == (0, 0)

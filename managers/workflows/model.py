@@ -55,6 +55,9 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+POISON_DEATHS = 2
+"""So many ComfyUIs have died of a workflow when it is given up, whatever `max_attempts` says."""
+
 ANY_BACKEND = "local"
 """The `gpu` value that every backend serves."""
 
@@ -74,7 +77,7 @@ class Workflow(Struct, frozen=True, kw_only=True):
     """One accepted workflow as it is on disk. Times are epoch ms.
 
     `number` is the order of acceptance, `attempt` the number of the attempt in hand (0: none was posted yet);
-    `timeout_seconds` counts from execution_start.
+    `timeout_seconds` counts from execution_start. `submitted_by` is the name of a key.
     """
 
     id: str
@@ -100,6 +103,7 @@ class Workflow(Struct, frozen=True, kw_only=True):
     outputs_reused: bool = False
     metadata: dict[str, Any] | None = None
     retry_of: str | None = None
+    submitted_by: str | None = None
 
     @property
     def final(self) -> bool:
@@ -127,6 +131,7 @@ class NewWorkflow(Struct, frozen=True, kw_only=True):
     failure: str | None = None
     node_total: int = 0
     retry_of: str | None = None
+    submitted_by: str | None = None
 
 
 class IdempotencyKey(Struct, frozen=True):
@@ -150,7 +155,10 @@ class Submitted(Struct, frozen=True):
 
 
 class Attempt(Struct, frozen=True, kw_only=True):
-    """One posting of a workflow to one ComfyUI. `prompt_id` is on disk before the POST leaves."""
+    """One posting of a workflow to one ComfyUI. `prompt_id` is on disk before the POST leaves.
+
+    `died`: that ComfyUI died while this was seen executing.
+    """
 
     prompt_id: str
     workflow_id: str
@@ -162,6 +170,7 @@ class Attempt(Struct, frozen=True, kw_only=True):
     end_time: int | None = None
     error: str | None = None
     error_type: ErrorType | None = None
+    died: bool = False
 
 
 class Claimed(Struct, frozen=True):

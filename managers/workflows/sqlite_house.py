@@ -184,6 +184,15 @@ def set_paused(transaction: Transaction, paused: bool) -> None:
         transaction.draft.do(Act.PAUSE if paused else Act.RESUME)
 
 
+def set_drained(transaction: Transaction, backend: str, drained: bool) -> None:
+    """Keep it; whoever gives that backend work has to ask."""
+    name = sql.DRAINED + backend
+    if drained:
+        transaction.execute(sql.SET_SETTING, (name, "1"))
+    else:
+        transaction.execute(sql.REMOVE_SETTING, (name,))
+
+
 def client_id(transaction: Transaction, backend: str, ids: IdMaker) -> str:
     """Made once for each backend."""
     name = f"client_id {backend}"

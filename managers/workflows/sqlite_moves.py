@@ -25,6 +25,7 @@ from managers.workflows.model import (
     FINAL,
     MOVES,
     OPEN,
+    POISON_DEATHS,
     Attempt,
     AttemptState,
     Claimed,
@@ -133,16 +134,29 @@ def finish(transaction: Transaction, prompt_id: str, outcome: Outcome, now: int)
 
 
 def lose(
-    transaction: Transaction, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool
+    transaction: Transaction,
+    prompt_id: str,
+    *,
+    error: str,
+    error_type: ErrorType,
+    now: int,
+    retry: bool,
+    died: bool = False,
 ) -> Workflow | None:
     """The attempt is lost: the workflow waits again, or has failed."""
     found = _find(transaction, prompt_id)
     if found is None or found[0].state not in OPEN:
         return None
     attempt, workflow = found
-    _move_attempt(transaction, attempt, AttemptState.LOST, end_time=now, error=error, error_type=error_type)
+    _move_attempt(
+        transaction, attempt, AttemptState.LOST, end_time=now, error=error, error_type=error_type, died=died
+    )
     if workflow.final:
         return None
+    if died:
+        (deaths,) = transaction.execute(sql.COUNT_DEATHS, (workflow.number,)).fetchone()
+        if deaths >= POISON_DEATHS:
+            error, error_type, retry = f"{deaths} times ComfyUI died while it ran this: {error}", "poison", False
     told = WorkflowError(timestamp=now, workflow_id=workflow.id, error=error, error_type=error_type, will_retry=retry)
     transaction.write(told, workflow.number)
     if not retry:
@@ -284,11 +298,12 @@ def _move_attempt(
     end_time: int | None = None,
     error: str | None = None,
     error_type: ErrorType | None = None,
+    died: bool = False,
 ) -> None:
     start_time = attempt.start_time if start_time is None else start_time
     transaction.execute(
         sql.UPDATE_ATTEMPT,
-        (state.value, start_time, end_time, error, error_type, attempt.prompt_id, attempt.state.value),
+        (state.value, start_time, end_time, error, error_type, died, attempt.prompt_id, attempt.state.value),
     )
 
 

@@ -104,6 +104,11 @@ def forgettable(connection: sqlite3.Connection, before_ms: int, now_ms: int, lim
     return [number for (number,) in connection.execute(sql.FORGETTABLE, (before_ms, now_ms, limit))]
 
 
+def drained(connection: sqlite3.Connection) -> frozenset[str]:
+    """Names of the backends that are to get no work."""
+    return frozenset(name for (name,) in connection.execute(sql.SETTINGS_BELOW, (sql.DRAINED,)))
+
+
 def events_after(connection: sqlite3.Connection, seq: int, limit: int) -> Sequence[StoredFrame]:
     """A stretch of the log."""
     return [frame_of(row) for row in connection.execute(sql.EVENTS_AFTER, (seq, limit))]

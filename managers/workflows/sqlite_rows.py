@@ -50,7 +50,7 @@ def workflow_of(row: Row) -> Workflow:
     (
         id_, number, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds, attempt,
         backend, prompt_id, start_time, completion_time, progress, total, done, cached,
-        error, error_type, errors, outputs_reused, metadata, retry_of, outputs,
+        error, error_type, errors, outputs_reused, metadata, retry_of, submitted_by, outputs,
     ) = row[:WORKFLOW_WIDTH]  # fmt: skip
     return Workflow(
         id=id_,
@@ -76,6 +76,7 @@ def workflow_of(row: Row) -> Workflow:
         outputs_reused=bool(outputs_reused),
         metadata=msgspec.json.decode(metadata) if metadata else None,
         retry_of=retry_of,
+        submitted_by=submitted_by,
     )
 
 
@@ -98,6 +99,7 @@ def new_record(new: NewWorkflow, number: int) -> Workflow:
         errors=new.errors,
         metadata=new.metadata,
         retry_of=new.retry_of,
+        submitted_by=new.submitted_by,
     )
 
 
@@ -120,6 +122,7 @@ def inserted(workflow: Workflow) -> Row:
         _json(workflow.errors),
         None if workflow.metadata is None else _json(workflow.metadata),
         workflow.retry_of,
+        workflow.submitted_by,
     )
 
 
@@ -171,9 +174,9 @@ def output_path(subfolder: str | None, filename: str) -> str:
 
 def attempt_of(row: Row) -> Attempt:
     """An attempt, from the columns every query for attempts begins with."""
-    prompt_id, workflow_id, number, backend, state, created_at, start_time, end_time, error, error_type = row[
-        :ATTEMPT_WIDTH
-    ]
+    (
+        prompt_id, workflow_id, number, backend, state, created_at, start_time, end_time, error, error_type, died,
+    ) = row[:ATTEMPT_WIDTH]  # fmt: skip
     return Attempt(
         prompt_id=prompt_id,
         workflow_id=workflow_id,
@@ -185,6 +188,7 @@ def attempt_of(row: Row) -> Attempt:
         end_time=end_time,
         error=error,
         error_type=error_type,
+        died=bool(died),
     )
 
 

@@ -118,7 +118,12 @@ CREATE TABLE setting (
 ) WITHOUT ROWID;
 """
 
-MIGRATIONS = (_FIRST,)
+_KEYS_AND_DEATHS = """
+ALTER TABLE workflow ADD COLUMN submitted_by TEXT;              -- the name of a key
+ALTER TABLE attempt ADD COLUMN died INTEGER NOT NULL DEFAULT 0; -- its ComfyUI died while it executed
+"""
+
+MIGRATIONS = (_FIRST, _KEYS_AND_DEATHS)
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:

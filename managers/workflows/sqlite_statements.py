@@ -11,14 +11,15 @@ _OUTPUTS = "(SELECT group_concat(data, ',') FROM (SELECT data FROM output WHERE 
 _WORKFLOW = (
     "w.id, w.number, w.status, w.priority, w.gpu, w.rank, w.created_at, w.max_attempts, w.timeout_seconds, w.attempt,"
     " w.backend, w.prompt_id, w.start_time, w.completion_time, w.progress, w.node_total, w.node_done, w.node_cached,"
-    f" w.error, w.error_type, w.errors, w.outputs_reused, w.metadata, w.retry_of, {_OUTPUTS}"
+    f" w.error, w.error_type, w.errors, w.outputs_reused, w.metadata, w.retry_of, w.submitted_by, {_OUTPUTS}"
 )
-WORKFLOW_WIDTH = 25
+WORKFLOW_WIDTH = 26
 
 _ATTEMPT = (
-    "a.prompt_id, w.id, a.number, a.backend, a.state, a.created_at, a.start_time, a.end_time, a.error, a.error_type"
+    "a.prompt_id, w.id, a.number, a.backend, a.state, a.created_at, a.start_time, a.end_time, a.error, a.error_type,"
+    " a.died"
 )
-ATTEMPT_WIDTH = 10
+ATTEMPT_WIDTH = 11
 
 _OPEN = "a.state IN ('posted', 'running')"
 
@@ -26,7 +27,7 @@ _OPEN = "a.state IN ('posted', 'running')"
 
 INSERT_WORKFLOWS = (
     "INSERT INTO workflow (number, id, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds,"
-    " completion_time, node_total, error, error_type, errors, metadata, retry_of) VALUES "
+    " completion_time, node_total, error, error_type, errors, metadata, retry_of, submitted_by) VALUES "
 )
 INSERT_GRAPHS = "INSERT INTO workflow_graph (workflow, graph, extra_data) VALUES "
 INSERT_EVENTS = "INSERT INTO event (seq, type, workflow, workflow_id, created_at, data) VALUES "
@@ -44,7 +45,7 @@ INSERT_ATTEMPT = (
     "INSERT INTO attempt (prompt_id, workflow, number, backend, state, created_at) VALUES (?, ?, ?, ?, ?, ?)"
 )
 UPDATE_ATTEMPT = (
-    "UPDATE attempt SET state = ?, start_time = ?, end_time = ?, error = ?, error_type = ?"
+    "UPDATE attempt SET state = ?, start_time = ?, end_time = ?, error = ?, error_type = ?, died = ?"
     " WHERE prompt_id = ? AND state = ?"
 )
 
@@ -61,8 +62,12 @@ PRUNE_IDEMPOTENCY = (
     " (SELECT scope, key FROM idempotency WHERE created_at <= ? ORDER BY created_at LIMIT ?)"
 )
 
+DRAINED = "drained "
+"""A setting of this name and a backend's is there while that gets no work."""
 GET_SETTING = "SELECT value FROM setting WHERE name = ?"
 SET_SETTING = "INSERT OR REPLACE INTO setting (name, value) VALUES (?, ?)"
+REMOVE_SETTING = "DELETE FROM setting WHERE name = ?"
+SETTINGS_BELOW = "SELECT substr(name, length(?1) + 1) FROM setting WHERE substr(name, 1, length(?1)) = ?1"
 
 # The newest workflow and event always stay: their numbers are where counting goes on after a restart.
 # A workflow goes after its events. They carry our own time and go in the order of the log, so when its last one has
@@ -119,6 +124,7 @@ LIST_ORDER = " ORDER BY w.number DESC LIMIT :limit"
 GET_ATTEMPT = (
     f"SELECT {_ATTEMPT}, {_WORKFLOW} FROM attempt a JOIN workflow w ON w.number = a.workflow WHERE a.prompt_id = ?"
 )
+COUNT_DEATHS = "SELECT count(*) FROM attempt WHERE workflow = ? AND died"
 GET_ATTEMPTS = (
     f"SELECT {_ATTEMPT} FROM attempt a JOIN workflow w ON w.number = a.workflow WHERE w.id = ? ORDER BY a.id"
 )

@@ -117,11 +117,11 @@ class SqliteStore:
         return await self._write(sqlite_moves.finish, prompt_id, outcome, self._clock.now_ms())
 
     async def lose(
-        self, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool
+        self, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool, died: bool = False
     ) -> Workflow | None:
         """See the port."""
         return await self._write(
-            sqlite_moves.lose, prompt_id, error=error, error_type=error_type, now=now, retry=retry
+            sqlite_moves.lose, prompt_id, error=error, error_type=error_type, now=now, retry=retry, died=died
         )
 
     async def withdraw(self, prompt_id: str, now: int) -> Workflow | None:
@@ -224,6 +224,14 @@ class SqliteStore:
     async def set_paused(self, paused: bool) -> None:
         """See the port."""
         await self._write(sqlite_house.set_paused, paused)
+
+    async def drained(self) -> frozenset[str]:
+        """See the port."""
+        return await self._read(sqlite_reads.drained)
+
+    async def set_drained(self, backend: str, drained: bool) -> None:
+        """See the port."""
+        await self._write(sqlite_house.set_drained, backend, drained)
 
     async def client_id(self, backend: str) -> str:
         """See the port."""

@@ -85,10 +85,13 @@ class WorkflowStore(EventLog, Protocol):
         ...
 
     async def lose(
-        self, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool
+        self, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool, died: bool = False
     ) -> Workflow | None:
         """The attempt is LOST: with `retry` the workflow waits again at its old rank (workflow:error with willRetry,
         workflow:queued), without it fails. None when the workflow was final already or the attempt not open.
+
+        `died`: its ComfyUI died while it was seen executing. The second such death (`POISON_DEATHS`) fails the
+        workflow as `poison`, whatever `retry` says.
         """
         ...
 
@@ -177,6 +180,14 @@ class WorkflowStore(EventLog, Protocol):
 
     async def set_paused(self, paused: bool) -> None:
         """Stop or resume handing out work; survives a restart."""
+        ...
+
+    async def drained(self) -> frozenset[str]:
+        """The names of the backends that are to get no work."""
+        ...
+
+    async def set_drained(self, backend: str, drained: bool) -> None:
+        """Give a backend no more work, or work again; survives a restart."""
         ...
 
     async def client_id(self, backend: str) -> str:

@@ -25,6 +25,7 @@ class AttemptView(Struct, frozen=True, kw_only=True, rename="camel"):
     end_time: int | None
     error: str | None
     error_type: ErrorType | None
+    died: bool
 
 
 class WorkflowView(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -59,6 +60,7 @@ class WorkflowView(Struct, frozen=True, kw_only=True, rename="camel"):
     max_attempts: int
     timeout_seconds: float
     retry_of: str | None
+    submitted_by: str | None
     workflow: Raw | UnsetType = UNSET
     attempts: tuple[AttemptView, ...] | UnsetType = UNSET
 
@@ -97,6 +99,7 @@ def view(workflow: Workflow, position: int | None, live: WorkflowProgress | None
         max_attempts=workflow.max_attempts,
         timeout_seconds=workflow.timeout_seconds,
         retry_of=workflow.retry_of,
+        submitted_by=workflow.submitted_by,
     )
 
 
@@ -112,4 +115,5 @@ def attempt_view(attempt: Attempt) -> AttemptView:
         end_time=attempt.end_time,
         error=attempt.error,
         error_type=attempt.error_type,
+        died=attempt.died,
     )
