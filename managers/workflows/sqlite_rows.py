@@ -27,7 +27,7 @@ _encoder = msgspec.json.Encoder()
 _findings = msgspec.json.Decoder(tuple[Finding, ...])
 _outputs = msgspec.json.Decoder(tuple[Output, ...])
 
-_WORTH_PACKING = 256  # bytes; below it a zlib stream saves nothing
+_WORTH_PACKING = 4096  # bytes: a page of the file. Below it there is little to save, and a commit would wait for it
 
 
 def pack(text: bytes) -> bytes:
