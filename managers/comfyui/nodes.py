@@ -200,6 +200,7 @@ def _doing(class_type: str, kind: Category, name: str) -> str:
     return f"Running {name}"
 
 
+@lru_cache(maxsize=4096)
 def _medium(class_type: str) -> str:
     return next((thing for pattern, thing in _MEDIA if re.search(pattern, class_type)), "image")
 
