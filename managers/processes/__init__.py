@@ -1,0 +1,1 @@
+"""Programs that the service starts, and finds again: tasks (CONTRACT 7), and ComfyUI itself."""
