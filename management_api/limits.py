@@ -1,6 +1,7 @@
-"""How many requests one client address may send (CONTRACT 1): a fixed window, counted by `limits` in memory.
+"""How many requests one client may send (CONTRACT 1): a fixed window, counted by `limits` in memory.
 
-Must never know about keys or routes. Synchronous on purpose: nothing can come between the count and the answer.
+A client is an address, or a key that has a limit of its own. Must never see a key, only its name, and know no routes.
+Synchronous on purpose: nothing can come between the count and the answer.
 """
 
 from __future__ import annotations
@@ -20,61 +21,63 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Verdict(Struct, frozen=True):
-    """What is left of the window: requests, and whole seconds until it begins anew."""
+    """What is left of the window: requests, and whole seconds until it begins anew. `rate` is for people."""
 
     allowed: bool
+    rate: str
     limit: int
     remaining: int
     reset_seconds: int
 
 
 class RateLimiter:
-    """Counts hits for each address; IPv6 clients own a /64, so that is what is counted."""
+    """Counts hits for each address (IPv6 clients own a /64, so that is what is counted), or for each key by its name.
 
-    def __init__(self, rate: str, allow: Sequence[Network] = ()) -> None:
-        self._item = limits.parse(rate)
-        self._expiry = self._item.get_expiry()
+    `rate` is that of an address; None: addresses are not limited.
+    """
+
+    def __init__(self, rate: str | None, allow: Sequence[Network] = ()) -> None:
+        self._item = None if rate is None else _parsed(rate)
         self._allow = tuple(allow)
         self._storage = MemoryStorage()
         self._bucket = lru_cache(4096)(self._find_bucket)
-        self.rate = str(self._item)
 
     def hit(self, address: str) -> Verdict | None:
         """Count one request; None for an address that is not limited."""
         bucket = self._bucket(address)
-        if bucket is None:
+        if bucket is None or self._item is None:
             return None
-        count = self._storage.incr(bucket, self._expiry)
-        return self._verdict(bucket, count)
+        return self._count(bucket, self._item)
+
+    def hit_key(self, name: str, rate: str) -> Verdict | None:
+        """Count one request of this key, wherever it comes from; None when its rate is `off`."""
+        item = _parsed(rate)
+        return None if item is None else self._count(f"key:{name}:{item}", item)
 
     def failed(self, address: str) -> None:
         """Count one wrong key sent to a path that is itself not limited."""
         bucket = self._bucket(address)
-        if bucket is not None:
-            self._storage.incr(bucket, self._expiry)
-            self._storage.incr(f"failed:{bucket}", self._expiry)
+        if bucket is not None and self._item is not None:
+            self._storage.incr(bucket, self._item.get_expiry())
+            self._storage.incr(f"failed:{bucket}", self._item.get_expiry())
 
     def too_many_failures(self, address: str) -> Verdict | None:
         """A verdict when this address used up its window with wrong keys on paths that are themselves not limited."""
         bucket = self._bucket(address)
-        if bucket is None or self._storage.get(f"failed:{bucket}") < self._item.amount:
+        if bucket is None or self._item is None or self._storage.get(f"failed:{bucket}") < self._item.amount:
             return None
-        return self._verdict(f"failed:{bucket}", self._item.amount + 1)
+        return self._verdict(f"failed:{bucket}", self._item, self._item.amount + 1)
 
-    def _verdict(self, bucket: str, count: int) -> Verdict:
-        amount = self._item.amount
+    def _count(self, bucket: str, item: limits.RateLimitItem) -> Verdict:
+        return self._verdict(bucket, item, self._storage.incr(bucket, item.get_expiry()))
+
+    def _verdict(self, bucket: str, item: limits.RateLimitItem, count: int) -> Verdict:
+        amount = item.amount
         left = self._storage.get_expiry(bucket) - time.time()
-        return Verdict(count <= amount, amount, max(0, amount - count), max(1, math.ceil(left)))
+        return Verdict(count <= amount, str(item), amount, max(0, amount - count), max(1, math.ceil(left)))
 
     def _find_bucket(self, text: str) -> str | None:
-        address = parse_address(text)
-        if address is None:
-            return f"ip:{text}"
-        if any(address in network for network in self._allow):
-            return None
-        if isinstance(address, ipaddress.IPv6Address):
-            return f"ip:{ipaddress.ip_network((address, 64), strict=False)}"
-        return f"ip:{address}"
+        return client_of(text, self._allow)
 
 
 class ClientAddress:
@@ -102,6 +105,23 @@ class ClientAddress:
     def _look(self, text: str) -> bool:
         address = parse_address(text)
         return address is not None and any(address in network for network in self._trusted)
+
+
+def client_of(text: str, allow: Sequence[Network]) -> str | None:
+    """What is counted for this address; None: it is in one of the networks that are not limited."""
+    address = parse_address(text)
+    if address is None:
+        return f"ip:{text}"
+    if any(address in network for network in allow):
+        return None
+    if isinstance(address, ipaddress.IPv6Address):
+        return f"ip:{ipaddress.ip_network((address, 64), strict=False)}"
+    return f"ip:{address}"
+
+
+@lru_cache(4096)
+def _parsed(rate: str) -> limits.RateLimitItem | None:
+    return None if rate.lower() == "off" else limits.parse(rate)
 
 
 def parse_address(text: str) -> Address | None:

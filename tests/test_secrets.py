@@ -1,12 +1,14 @@
-"""A day in the life of the service at LOG_LEVEL=debug: no key, ticket or extraData in any log line, event, reply,
-or error (CONTRACT 1, 4)."""
+"""A day in the life of the service at LOG_LEVEL=debug: no key, hash of a key, ticket or extraData in any log line,
+event, reply, or error (CONTRACT 1, 4)."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -15,7 +17,9 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from tests.program import KEY, served
+from management_api.keys import add_key
+from managers.callers import KeyScope
+from tests.program import KEY, Process, run, served
 from tests.queue_kit import PATH, picture, sleeper
 from tests.simulator_process import simulator
 
@@ -59,8 +63,32 @@ def refused(address: str, *protocols: str) -> Iterator[str]:
     yield f"{reply.headers} {(reply.body or b'').decode()}"
 
 
+def named_keys(client: httpx.Client, file: Path, shop: str, sender: str, process: Process) -> Iterator[str]:
+    """What may go wrong with a named key, and with the file of their hashes."""
+    for key in (shop, sender):
+        bearer = {"Authorization": f"Bearer {key}", "X-API-Key": ""}
+        statuses = [client.get(PATH, headers=bearer).status_code, client.post(PATH, headers=bearer).status_code]
+        assert statuses == [200 if key == shop else 403, 400]
+        httpx.get(f"{client.base_url}/v1/{key}/x={key}?key={key}", headers=bearer)  # `instance` is what was asked for
+        assert client.post("/v1/comfyui/queue/pause", headers=bearer).status_code == 403
+    good = file.read_text()
+    wrong = (f"[{shop}", f'[a]\nsha256 = "{shop}"', f"{good}{shop} = 1")
+    for number, content in enumerate(wrong, 1):
+        file.write_text(content)
+        end = time.monotonic() + SECONDS
+        while sum("the keys file cannot be used" in line for line in process.seen) < number:
+            assert client.get(PATH, headers={"X-API-Key": shop}).status_code == 200
+            assert time.monotonic() < end
+        ended = run(file.parent, "serve", MANAGEMENT_API_KEYS_FILE=str(file))
+        assert ended.status == 1
+        yield ended.err
+
+
 def test_no_secret_gets_out(tmp_path: Path) -> None:
     said: list[str] = []
+    keys = tmp_path / "keys.toml"
+    shop = add_key(keys, "shop", scopes=[KeyScope.READ, KeyScope.SUBMIT])
+    sender = add_key(keys, "sender", scopes=[KeyScope.SUBMIT])
 
     def keep(reply: httpx.Response) -> None:
         reply.read()
@@ -69,7 +97,9 @@ def test_no_secret_gets_out(tmp_path: Path) -> None:
 
     with (
         simulator(tmp_path / "comfyui", "--faults") as (comfyui, backend),
-        served(tmp_path, COMFYUI_URL=comfyui, LOG_LEVEL="debug", LOG_FORMAT="json") as (url, process),
+        served(
+            tmp_path, COMFYUI_URL=comfyui, MANAGEMENT_API_KEYS_FILE=str(keys), LOG_LEVEL="debug", LOG_FORMAT="json"
+        ) as (url, process),
         httpx.Client(
             base_url=url, headers={"X-API-Key": KEY}, timeout=SECONDS, event_hooks={"response": [keep]}
         ) as client,
@@ -132,6 +162,7 @@ def test_no_secret_gets_out(tmp_path: Path) -> None:
             for path in ("/", "/metrics", "/docs/json", "/v1/comfyui/outputs", "/ready"):
                 assert client.get(path).status_code == 200
             client.get(f"{PATH}?cursor={PARTNER}&ticket={ticket}&key={KEY}")
+            said.extend(named_keys(client, keys, shop, sender, process))
         process.signal(signal.SIGTERM)
         assert process.wait() == 0
 
@@ -139,5 +170,6 @@ def test_no_secret_gets_out(tmp_path: Path) -> None:
     assert len(process.seen) > 30
     assert len(said) > 100
     everything = logged + "\n".join(said)
-    for secret in (KEY, ticket, PARTNER, DRAWING, WRONG, GUESSED):
+    hashes = [sha256(key.encode()).hexdigest() for key in (shop, sender)]
+    for secret in (KEY, ticket, PARTNER, DRAWING, WRONG, GUESSED, shop, sender, *hashes):
         assert secret not in everything, everything[max(0, everything.index(secret) - 300) :][:600]
