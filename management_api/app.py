@@ -17,24 +17,43 @@ from litestar.types import ControllerRouterHandler
 from management_api import __version__
 from management_api.cors import Cors
 from management_api.errors import exception_handlers, log_socket_failure
+from management_api.keys import KeyRing
 from management_api.limits import ClientAddress, RateLimiter
 from management_api.logging import SILENT, Logs
+from management_api.open_streams import OpenStreams
 from management_api.openapi import openapi_config, prepare, static_router
 from management_api.outer import Outer
-from management_api.security import Authenticator
+from management_api.security import Authenticator, ScopeGate
 from management_api.services import Base, Services, start_services
 from management_api.settings import Settings
 from managers.clock import Clock, SystemClock
 from metrics.http import HttpMetrics
 from metrics.registry import new_registry
+from routes.backends import backend_routes
 from routes.bodies import JsonRequest
+from routes.definitions import definition_routes
 from routes.files import files_routes
+from routes.managed import managed_routes
 from routes.options import options_route
+from routes.replay import replay_routes
 from routes.service import service_routes
+from routes.status import status_routes
 from routes.stream import stream_routes
+from routes.tasks import task_routes
 from routes.workflows import workflow_routes
 
-ROUTES: list[ControllerRouterHandler] = [*service_routes, *workflow_routes, *stream_routes, *files_routes]
+ROUTES: list[ControllerRouterHandler] = [
+    *service_routes,
+    *workflow_routes,
+    *replay_routes,
+    *backend_routes,
+    *stream_routes,
+    *definition_routes,
+    *files_routes,
+    *status_routes,
+    *task_routes,
+    *managed_routes,
+]
 """Every door of the service."""
 
 
@@ -55,13 +74,18 @@ def create_app(
     logs: Logs = SILENT,
     clock: Clock | None = None,
 ) -> Application:
-    """The app. With `services` nothing is started: they are used as they are. `routes` default to `ROUTES`."""
+    """The app. With `services` nothing is started: they are used as they are. `routes` default to `ROUTES`.
+
+    Raises `KeysError` when the keys file cannot be used.
+    """
     api = settings.api
+    clock = clock or SystemClock()
+    keys = None if api.keys_file is None else KeyRing(api.keys_file, clock)
     base = Base(
         settings=settings,
-        clock=clock or SystemClock(),
+        clock=clock,
         registry=new_registry(),
-        authenticator=Authenticator(api.key, metrics_auth=api.metrics_auth),
+        authenticator=Authenticator(api.key, keys, metrics_auth=api.metrics_auth),
     )
     running: list[Services] = []
     handlers = ROUTES if routes is None else routes
@@ -81,6 +105,7 @@ def create_app(
     litestar = Litestar(
         route_handlers=[options_route(handlers), *handlers, static_router()],
         dependencies={name: _provide(running, name) for name in Services.__struct_fields__},
+        middleware=[ScopeGate()],
         exception_handlers=exception_handlers(),
         after_exception=[log_socket_failure],
         lifespan=[lifespan],
@@ -93,8 +118,9 @@ def create_app(
     application = Application(
         litestar,
         authenticator=base.authenticator,
-        limiter=RateLimiter(api.rate_limit, api.rate_limit_allow) if api.rate_limit else None,
+        limiter=RateLimiter(api.rate_limit, api.rate_limit_allow),
         addresses=ClientAddress(api.trusted_proxies),
+        streams=OpenStreams(api.max_sockets, api.rate_limit_allow),
         cors=Cors(api.cors_allowed_origins),
         metrics=HttpMetrics(base.registry),
         access_log=logs.access,

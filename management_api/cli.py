@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_simulator(commands)
     _add_submit(commands)
+    _add_keys(commands)
     _add_config(commands)
     _add_doctor(commands)
     _add_backup(commands)
@@ -62,12 +63,12 @@ def _add(
 
 
 def _add_serve(commands: Commands) -> None:
-    def run(_: argparse.Namespace) -> int:
+    def run(given: argparse.Namespace) -> int:
         from management_api.commands.serve import run
 
-        return run()
+        return run(drain=given.drain)
 
-    _add(
+    parser = _add(
         commands,
         "serve",
         run,
@@ -79,6 +80,12 @@ def _add_serve(commands: Commands) -> None:
         """
         MANAGEMENT_API_KEY=$(openssl rand -hex 24) COMFYUI_URL=http://127.0.0.1:8188 management-api serve
         """,
+    )
+    parser.add_argument(
+        "--drain",
+        action="store_true",
+        help="when stopped, wait first for the workflows that run, within MANAGEMENT_API_SHUTDOWN_SECONDS; its "
+        "default, 30 s, is short for that: give it as long as a workflow may take (also MANAGEMENT_API_DRAIN=true)",
     )
 
 
@@ -161,6 +168,55 @@ def _add_submit(commands: Commands) -> None:
     parser.add_argument("--cancel-on-interrupt", action="store_true", help="Ctrl-C cancels the workflow too")
     parser.add_argument("--url", help="the service (default: MANAGEMENT_API_URL, or this machine)")
     parser.add_argument("--key", help="the key; others can see it here, MANAGEMENT_API_KEY is better")
+
+
+def _add_keys(commands: Commands) -> None:
+    def run(given: argparse.Namespace) -> int:
+        from management_api.commands.keys import run
+
+        return run(given)
+
+    def scopes(text: str) -> object:
+        from management_api.commands.keys import scopes
+
+        return scopes(text)
+
+    def duration(text: str) -> object:
+        from management_api.commands.keys import duration
+
+        return duration(text)
+
+    parser = _add(
+        commands,
+        "keys",
+        run,
+        "keys beside MANAGEMENT_API_KEY, each with its own rights",
+        """
+        In the file that MANAGEMENT_API_KEYS_FILE names, as hashes. A running service follows within a second.
+        """,
+        """
+        management-api keys add shop --scope submit --scope read --max-queued 50 --expires 90d
+        """,
+    )
+    actions = parser.add_subparsers(metavar="ACTION", dest="action", required=True)
+    add = actions.add_parser("add", help="make a key, and print it on stdout: once, and nothing else")
+    add.add_argument("name", metavar="NAME", help="what logs and workflows call it")
+    add.add_argument(
+        "--scope",
+        type=scopes,
+        action="extend",
+        required=True,
+        metavar="SCOPE",
+        help="read: look; submit: hand in, cancel, retry; admin: everything. May be given several times",
+    )
+    add.add_argument("--rate-limit", metavar="RATE", help="its own, like 1000/minute or off (default: its address's)")
+    add.add_argument("--max-queued", type=int, metavar="N", help="how many workflows of it may wait (default: any)")
+    add.add_argument("--expires", type=duration, metavar="TIME", help="after 30m, 12h or 90d (default: never)")
+    listing = actions.add_parser("list", help="show the keys, without hashes")
+    revoke = actions.add_parser("revoke", help="take a key out")
+    revoke.add_argument("name", metavar="NAME")
+    for action in (add, listing, revoke):
+        action.add_argument("--file", type=Path, help="default: MANAGEMENT_API_KEYS_FILE")
 
 
 def _add_config(commands: Commands) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from http import HTTPStatus
 from typing import Any
 
@@ -22,7 +23,9 @@ from litestar.exceptions import (
     ValidationException,
     WebSocketException,
 )
+from litestar.params import ParameterKwarg
 from litestar.types import ExceptionHandlersMap, Scope
+from litestar.typing import FieldDefinition
 from msgspec import UNSET, Struct
 
 from management_api import logging
@@ -34,6 +37,7 @@ from managers.errors import (
     InvalidWorkflow,
     ManagerError,
     NotFound,
+    ShareFull,
     Unavailable,
 )
 from managers.events.types import Finding
@@ -47,8 +51,12 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (InvalidWorkflow, 422),
     (InvalidRequest, 400),
     (IdempotencyMismatch, 422),
+    (ShareFull, 429),
     (Unavailable, 503),
 )
+Parameters = Mapping[str, FieldDefinition]
+"""What a handler takes, by its names in Python."""
+
 _GONE_CLIENT = "client disconnected prematurely"  # Litestar's only word for it
 _log = structlog.get_logger(__name__)
 _encode = msgspec.json.Encoder().encode
@@ -98,16 +106,16 @@ UNAUTHORIZED = Refusal(
 INTERNAL = Refusal(500, HTTPStatus.INTERNAL_SERVER_ERROR.phrase)
 
 
-def refusal(error: Exception) -> Refusal:
-    """What a client is told about this error."""
+def refusal(error: Exception, parameters: Parameters | None = None, method: str = "") -> Refusal:
+    """What a client is told about this error of a request with this method. `parameters`: those of its handler."""
     if isinstance(error, ManagerError):
         return _of_manager(error)
     if isinstance(error, ValidationException):
-        findings = [_finding(item) for item in error.extra or [] if isinstance(item, Mapping)]
+        findings = [_finding(item, parameters or {}) for item in error.extra or [] if isinstance(item, Mapping)]
         detail = "; ".join(f"{item.pointer or item.input or 'body'}: {item.message}" for item in findings)
         return Refusal(error.status_code, detail or error.detail, errors=findings)
     if isinstance(error, HTTPException) and error.status_code != 500:
-        return _of_http(error)
+        return _of_http(error, method)
     return INTERNAL
 
 
@@ -125,9 +133,14 @@ def _of_manager(error: ManagerError) -> Refusal:
     return Refusal(status, detail)
 
 
-def _of_http(error: HTTPException) -> Refusal:
+def _of_http(error: HTTPException, method: str) -> Refusal:
     headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     detail = error.detail
+    if headers.get("allow") == "websocket":  # Litestar's name for a path that is a stream and nothing else
+        if method in {"GET", "HEAD"}:
+            upgrade = {"upgrade": "websocket", "connection": "Upgrade"}
+            return Refusal(426, "This is a stream: connect to it as a WebSocket", headers=upgrade)
+        headers["allow"] = "GET"
     if error.status_code == 404 and detail == HTTPStatus.NOT_FOUND.phrase:
         detail = "There is nothing at this path"
     if error.status_code == 405 and "allow" in headers:
@@ -137,15 +150,34 @@ def _of_http(error: HTTPException) -> Refusal:
     return Refusal(error.status_code, detail, headers=headers)
 
 
-def _finding(item: Mapping[str, Any]) -> Finding:
+def _finding(item: Mapping[str, Any], parameters: Parameters) -> Finding:
     """One of Litestar's messages: `key` has dots between steps, `source` is where the value came from."""
     key, source = str(item.get("key", "")), str(getattr(item.get("source"), "value", item.get("source", "")))
     message = str(item.get("message", ""))
+    parameter = parameters.get(key)
+    known = None if parameter is None else parameter.kwarg_definition
+    if isinstance(known, ParameterKwarg):
+        allowed = _choices(parameter)
+        if allowed:
+            message = f"{message}; known: {', '.join(allowed)}"
+        name = known.name or key
+        return Finding(code=f"invalid_{known.param_type.value}", message=message, input=name, allowed=allowed or None)
     if source in {"query", "path", "header", "cookie"}:
         return Finding(code=f"invalid_{source}", message=message, input=key)
     steps = key.removeprefix("data").strip(".").replace("[", ".").replace("]", "").split(".")
     where = "".join("/" + step.replace("~", "~0").replace("/", "~1") for step in steps if step and step != "...")
     return finding(message, where)
+
+
+def _choices(parameter: FieldDefinition | None) -> list[str]:
+    """The values that it takes, where they are listed: an enum, or literals."""
+    if parameter is None:
+        return []
+    if parameter.is_literal:
+        return [str(value) for value in parameter.args]
+    if parameter.is_subclass_of(Enum):
+        return [str(one.value) for one in parameter.annotation]
+    return [value for inner in parameter.inner_types for value in _choices(inner)]
 
 
 def exception_handlers() -> ExceptionHandlersMap:
@@ -154,7 +186,7 @@ def exception_handlers() -> ExceptionHandlersMap:
 
 
 def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    refused = refusal(error)
+    refused = refusal(error, _parameters(request), request.method)
     if refused.status == 500:
         if isinstance(error, InternalServerException) and error.detail == _GONE_CLIENT:
             _log.info("client went away", method=request.method, path=request.scope["path"])
@@ -166,6 +198,11 @@ def _answer(request: Request[Any, Any, Any], error: Exception) -> Response[bytes
         headers=refused.all_headers(),
         media_type=PROBLEM_JSON,
     )
+
+
+def _parameters(request: Request[Any, Any, Any]) -> Parameters:
+    handler = request.scope.get("route_handler")
+    return handler.parsed_fn_signature.parameters if handler is not None else {}
 
 
 def log_failure(error: BaseException, method: str, path: str) -> None:

@@ -104,6 +104,8 @@ class FastWebSocketProtocol(WebSocketsSansIOProtocol):
             self.writable.set()
             self._abort_later()
         await super().send(message)
+        if message["type"] == "websocket.http.response.body" and self.close_sent:
+            self.handshake_complete = True  # it was refused, and that is an answer: uvicorn would call it an error
 
     def keepalive_timeout(self) -> None:
         """The peer does not answer pings; it may not read either, and a transport with a full buffer never closes."""

@@ -20,7 +20,7 @@ from management_api import logging
 from management_api.errors import Refusal
 
 _INVALID = Refusal(400, "This is no HTTP request")
-_TOO_LARGE = Refusal(431, "The request line and the headers are too large")
+_NO_HOST = Refusal(400, "A request names one Host, and no other")
 
 
 class GuardedHttpProtocol(HttpToolsProtocol):
@@ -60,7 +60,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             if late and self._size > self.late_bytes:
                 self.transport.abort()
             elif not late and self._size > self.head_bytes:
-                self._refuse(_TOO_LARGE)
+                self._refuse(self._too_large())
         if self._deadline is None and (late or self._in_head):
             self._arm()
 
@@ -78,8 +78,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         """The head is whole, however few pieces it came in."""
         self._in_head, self._size = False, 0
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > self.head_bytes:
-            self._refuse(_TOO_LARGE)
+            self._refuse(self._too_large())
             raise httptools.HttpParserError("the head is too large")
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            # RFC 9112 3.2: two could mean one to a proxy before us and the other to us.
+            self._refuse(_NO_HOST)
+            raise httptools.HttpParserError("not one Host")
         self._disarm()
         super().on_headers_complete()
 
@@ -91,6 +96,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- the same for everything
         """What the parser did not understand."""
         self._refuse(_INVALID)
+
+    def _too_large(self) -> Refusal:
+        return Refusal(431, f"The request line and the headers are larger than {self.head_bytes} bytes")
 
     def _refuse(self, refused: Refusal) -> None:
         if self.transport.is_closing():

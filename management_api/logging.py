@@ -28,6 +28,7 @@ _NAMED = re.compile(
     rb"(?i)\b(ticket|token|signature|sig|(?:x-)?api[_-]?key|x-amz-[a-z-]+)(=|%3d|\\?[\"']?\s*[:,=]\s*b?\\?[\"']?)"
     rb"([^\s&\"'\\,;)\]}]+)"
 )
+_OUR_KEYS = re.compile(rb"cma_[A-Za-z0-9_-]{43}")  # named keys: the service knows only their hashes
 _BEARER = re.compile(rb"(?i)\b(bearer)(\s+|,\s*)([^\s\"'\\]+)")
 _NOISY = ("httpx", "httpcore", "websockets", "asyncio", "uvicorn.access", "multipart")
 
@@ -57,6 +58,8 @@ class Gate:
         for secret in self._secrets:
             if secret in line:
                 line = line.replace(secret, BLOT)
+        if b"cma_" in line:
+            line = _OUR_KEYS.sub(BLOT, line)
         try:
             if self._bytes is not None:
                 self._bytes.write(line + b"\n")
@@ -71,7 +74,7 @@ class Gate:
 
 
 class AccessLine(msgspec.Struct, omit_defaults=True):
-    """One request, as it is logged. The path has no query: tickets travel there."""
+    """One request, as it is logged. The path has no query: tickets travel there. `key` is the name of one."""
 
     timestamp: str
     level: str
@@ -82,6 +85,7 @@ class AccessLine(msgspec.Struct, omit_defaults=True):
     path: str
     status: int
     milliseconds: float
+    key: str | None = None
 
 
 class AccessLog:
@@ -92,7 +96,17 @@ class AccessLog:
         self._as_json = as_json
         self._encode = msgspec.json.Encoder().encode
 
-    def write(self, *, request: str, client: str, method: str, path: str, status: int, seconds: float) -> None:
+    def write(
+        self,
+        *,
+        request: str,
+        client: str,
+        method: str,
+        path: str,
+        status: int,
+        seconds: float,
+        key: str | None = None,
+    ) -> None:
         """Log one finished request; probes and pages are as welcome as the rest."""
         if self._gate is None:
             return
@@ -100,11 +114,12 @@ class AccessLog:
         level = "error" if status >= 500 else "info"
         if self._as_json:
             line = self._encode(
-                AccessLine(_now(), level, "request", request, client, method, path, status, milliseconds)
+                AccessLine(_now(), level, "request", request, client, method, path, status, milliseconds, key)
             )
         else:
             safe = path.encode("unicode_escape").decode()
-            text = f"{_now()} {level:8} {method} {safe} {status} {milliseconds:.1f} ms  {client} {request}"
+            told = f"{method} {safe} {status} {milliseconds:.1f} ms  {client} {key or '-'} {request}"
+            text = f"{_now()} {level:8} {told}"
             line = text.encode("utf-8", "replace")
         if "=" in path or ":" in path:
             self._gate.write(line)

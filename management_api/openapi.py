@@ -23,15 +23,18 @@ from litestar.routes import HTTPRoute
 from litestar.static_files import create_static_files_router
 from litestar.types import Method
 
-from management_api.security import is_limited, is_open
+from management_api.security import is_limited, is_open, needed_scope
 from routes.problems import PROBLEM_JSON, Problem, describe_problem, example_problem
 
 STATIC = Path(__file__).parent / "static"
 TITLE = "ComfyUI Management API"
 DESCRIPTION = """A durable priority queue with REST, live events and metrics in front of ComfyUI.
 
-Send the key as `X-API-Key: <key>` or `Authorization: Bearer <key>` (the *Authorize* button). Errors are problem
-details (RFC 9457). Times are epoch milliseconds unless they say otherwise."""
+Send the key as `X-API-Key: <key>` or `Authorization: Bearer <key>` (the *Authorize* button). Each operation names the
+scope the key needs for it. Errors are problem details (RFC 9457). Times are epoch milliseconds unless they say
+otherwise."""
+
+_ANY_KEY = "MANAGEMENT_API_KEY, or a named key that has the scope"
 
 # Swagger UI needs neither inline scripts nor inline styles (looked at in Chromium, every operation open and tried).
 _PAGE_POLICY = (
@@ -112,9 +115,9 @@ def openapi_config(version: str) -> OpenAPIConfig:
         components=Components(
             security_schemes={
                 "apiKey": SecurityScheme(
-                    type="apiKey", name="X-API-Key", security_scheme_in="header", description="MANAGEMENT_API_KEY"
+                    type="apiKey", name="X-API-Key", security_scheme_in="header", description=_ANY_KEY
                 ),
-                "bearer": SecurityScheme(type="http", scheme="bearer", description="MANAGEMENT_API_KEY"),
+                "bearer": SecurityScheme(type="http", scheme="bearer", description=_ANY_KEY),
             }
         ),
         tags=[
@@ -123,6 +126,7 @@ def openapi_config(version: str) -> OpenAPIConfig:
             Tag(name="stream", description="Live events."),
             Tag(name="files", description="Models and outputs."),
             Tag(name="queue", description="The queue as a whole."),
+            Tag(name="tasks", description="Programs that providers run."),
             Tag(name="monitoring", description="Health, readiness, metrics."),
         ],
         operation_id_creator=_operation_id,
@@ -207,6 +211,7 @@ _RETRY_AFTER = {
     "Retry-After": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}
 }
 _HEADERS: dict[str, dict[str, Any]] = {
+    "403": {"WWW-Authenticate": {"required": True, "schema": {"type": "string", "pattern": "^Bearer error="}}},
     "401": {"WWW-Authenticate": {"required": True, "schema": {"const": "Bearer"}}},
     "429": _RETRY_AFTER,
     "503": _RETRY_AFTER,
@@ -223,7 +228,10 @@ def _add_errors(operation: dict[str, Any], path: str, method: str) -> None:
     if is_open(path):
         operation["security"] = []
     else:
-        wanted |= {401, 503}
+        wanted |= {401, 403, 503}
+        scope = needed_scope(method, path)
+        operation["security"] = [{scheme: [scope]} for scheme in ("apiKey", "bearer")]
+        operation["description"] += f"\n\nNeeds a key with the scope `{scope}`."
     if is_limited(method, path):
         wanted.add(429)
     for status in wanted:

@@ -1,7 +1,8 @@
 """The plain ASGI wrapper around the app: no request escapes it, not the 404, the 405, nor an upgrade (STACK §2).
 
-In this order: request id, preflight, rate limit, key, the app; then, on every reply, the common headers, the metrics
-and the access log. Must never read a body, and never put a query into a log: tickets travel there.
+In this order: request id, preflight, key, rate limit, open streams, the app; then, on every reply, the common
+headers, the metrics and the access log. Must never read a body, and never put a query into a log: tickets travel
+there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from management_api.cors import Cors, Header
 from management_api.errors import INTERNAL, UNAUTHORIZED, Refusal, log_failure
 from management_api.limits import ClientAddress, RateLimiter, Verdict
 from management_api.logging import AccessLog
+from management_api.open_streams import OpenStreams, TooManyStreams, is_stream
 from management_api.security import Authenticator, is_limited
+from managers.callers import Caller
 from metrics.http import HttpMetrics
 
 SECURITY_HEADERS: list[Header] = [
@@ -30,6 +33,7 @@ SECURITY_HEADERS: list[Header] = [
 ]
 DEFAULT_CSP: Header = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 _MEDIA = (b"image/", b"video/", b"audio/")
+_STREAM_RETRY_SECONDS = 10
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _random = random.Random()  # noqa: S311 - a name for log lines, no secret
 _log = structlog.get_logger(__name__)
@@ -45,6 +49,7 @@ class Outer:
         authenticator: Authenticator,
         limiter: RateLimiter | None,
         addresses: ClientAddress,
+        streams: OpenStreams,
         cors: Cors,
         metrics: HttpMetrics,
         access_log: AccessLog,
@@ -53,6 +58,7 @@ class Outer:
         self._authenticator = authenticator
         self._limiter = limiter
         self._addresses = addresses
+        self._streams = streams
         self._cors = cors
         self._metrics = metrics
         self._access_log = access_log
@@ -84,6 +90,7 @@ class Outer:
                 path=exchange.path if exchange.path.isascii() else exchange.path.encode("utf-8", "replace").decode(),
                 status=status,
                 seconds=seconds,
+                key=None if exchange.caller is None else exchange.caller.name,
             )
             logging.request_id.reset(token)
 
@@ -102,31 +109,48 @@ class Outer:
         if exchange.method == "HEAD" and self._authenticator.is_open(path):
             # Service pages are cheap to make; the server sees HEAD in its own scope and leaves the body out.
             exchange.scope = scope = {**scope, "method": "GET"}
-        await self._app(cast("Scope", scope), receive, exchange.send)
+        if is_stream(scope):
+            try:
+                with self._streams.one(client):
+                    await self._app(cast("Scope", scope), receive, exchange.send)
+            except TooManyStreams as error:
+                await exchange.refuse(Refusal(429, str(error), retry_after=_STREAM_RETRY_SECONDS))
+        else:
+            await self._app(cast("Scope", scope), receive, exchange.send)
         if not exchange.status and exchange.is_socket:
             await exchange.refuse(INTERNAL)
 
     def _refuse(self, exchange: _Exchange, client: str) -> Refusal | None:
-        """429 or 401. Limited paths count before the key is looked at, so that wrong keys count too."""
-        scope, path, limiter = exchange.scope, exchange.path, self._limiter
-        limited = limiter is not None and is_limited(exchange.method, path)
-        if limiter is not None:
-            verdict = limiter.hit(client) if limited else None
-            if verdict is not None:
-                exchange.limited(verdict)
-                if not verdict.allowed:
-                    return _too_many(verdict, limiter.rate)
-        if self._authenticator.is_open(path):
+        """429 or 401. What is limited counts for wrong keys too, and 429 goes first: a guess is told nothing."""
+        scope, path = exchange.scope, exchange.path
+        is_open = self._authenticator.is_open(path)
+        if not is_open:
+            scope["auth"] = exchange.caller = self._authenticator.authenticate(cast("Scope", scope))
+        verdict = self._count(exchange, client, is_open=is_open)
+        if verdict is not None and not verdict.allowed:
+            return _too_many(verdict)
+        return None if is_open or exchange.caller is not None else UNAUTHORIZED
+
+    def _count(self, exchange: _Exchange, client: str, *, is_open: bool) -> Verdict | None:
+        """Where the client stands now: the key when it has a limit of its own, else the address."""
+        limiter, caller = self._limiter, exchange.caller
+        if limiter is None:
             return None
-        if limiter is not None and not limited:
+        limited = is_limited(exchange.method, exchange.path)
+        if caller is not None and caller.rate_limit is not None:
+            verdict = limiter.hit_key(caller.name, caller.rate_limit) if limited else None
+        elif limited:
+            verdict = limiter.hit(client)
+        elif is_open:
+            return None
+        else:
             verdict = limiter.too_many_failures(client)
-            if verdict is not None:
-                return _too_many(verdict, limiter.rate)
-        if self._authenticator.authenticate(cast("Scope", scope)):
-            return None
-        if limiter is not None and not limited:
-            limiter.failed(client)
-        return UNAUTHORIZED
+            if caller is None and verdict is None:
+                limiter.failed(client)
+            return verdict
+        if verdict is not None:
+            exchange.limited(verdict)
+        return verdict
 
 
 class _Exchange:
@@ -139,6 +163,7 @@ class _Exchange:
         self.method = "GET" if self.is_socket else scope["method"]
         self.path: str = scope["path"]
         self.status = 0
+        self.caller: Caller | None = None
         self.extra = cors.headers(scope["headers"]) if cors.enabled else []
         self._send = send
         self.request_id = _request_id(scope["headers"])
@@ -214,9 +239,9 @@ def _request_id(headers: Iterable[Header]) -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
-def _too_many(verdict: Verdict, rate: str) -> Refusal:
+def _too_many(verdict: Verdict) -> Refusal:
     seconds = verdict.reset_seconds
-    return Refusal(429, f"Rate limit of {rate} is used up, try again in {seconds} s", retry_after=seconds)
+    return Refusal(429, f"Rate limit of {verdict.rate} is used up, try again in {seconds} s", retry_after=seconds)
 
 
 def _of_close(scope: Mapping[str, Any], message: Mapping[str, Any]) -> Refusal:

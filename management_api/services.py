@@ -15,14 +15,21 @@ from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from management_api import __version__
+from management_api.programs import LOOPBACK, managed_config, tasks_config, uncharged
 from management_api.security import Authenticator
 from management_api.settings import Settings
 from managers.clock import Clock, new_id
 from managers.comfyui.backend import BackendConfig
+from managers.comfyui.restart import RestartConfig
+from managers.comfyui.watchdog import WatchConfig
 from managers.errors import StoreUnavailable
 from managers.events.hub import Hub
 from managers.events.tickets import Tickets
 from managers.files import MODEL_TYPES, Files, FilesConfig, OutputOwner
+from managers.gpu import GpuConfig, GpuManager
+from managers.processes.comfyui import ManagedComfyUI
+from managers.processes.manager import ProcessManager
+from managers.system import DiskWatch, SystemMonitor
 from managers.workflows.dispatcher import Dispatcher, DispatcherConfig
 from managers.workflows.manager import QueueConfig, WorkflowManager
 from managers.workflows.outputs import OutputDoor
@@ -30,12 +37,12 @@ from managers.workflows.retention import Retention, RetentionConfig
 from managers.workflows.sqlite_store import SqliteStore
 from managers.workflows.store import WorkflowStore
 from metrics.house import HouseMetrics
+from routes.managed import Managed
 from routes.service import ReadyChecks, ReadyState, ServiceInfo
 from routes.stream import Streams
 
 log = structlog.get_logger(__name__)
 
-_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _RESTART_SECONDS = 1.0
 
 
@@ -59,10 +66,16 @@ class Services(Struct, frozen=True):
     streams: Streams
     files: Files
     output_door: OutputDoor
+    gpus: GpuManager
+    tasks: ProcessManager
+    system: SystemMonitor
+    managed: Managed
 
     async def close_doors(self) -> None:
         """The first step of stopping, before the server closes its sockets: no new work, streams end with 1001."""
         self.workflows.drain()
+        self.tasks.drain()
+        self.managed.drain()
         await self.hub.close()
 
 
@@ -70,6 +83,8 @@ class Services(Struct, frozen=True):
 async def start_services(base: Base) -> AsyncIterator[Services]:
     """Start the managers, each on those before it; stop them in reverse when the service ends."""
     settings, clock = base.settings, base.clock
+    tasks = ProcessManager(tasks_config(settings), clock=clock, new_id=new_id)
+    program = managed_config(settings)
     store = SqliteStore(settings.api.data_dir, clock=clock, ids=new_id, aging_seconds=settings.comfyui.priority_aging)
     hub = Hub(store)
     workflows = WorkflowManager(
@@ -91,6 +106,8 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
                 backend=backend,
                 prefetch=settings.comfyui.prefetch,
                 free_when_idle_seconds=settings.comfyui.free_when_idle_seconds,
+                gone_seconds=settings.comfyui.gone_seconds,
+                restart=restart_config(settings, backend),
             ),
             store=store,
             events=hub,
@@ -102,7 +119,19 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         )
         for backend in backends
     ]
+    drained = await store.drained()
+    for dispatcher in dispatchers:
+        if dispatcher.name in drained:
+            dispatcher.drain()
     workflows.attach(dispatchers)
+    gpus = GpuManager(
+        gpu_config(settings), backends=[dispatcher.backend for dispatcher in dispatchers], hub=hub, clock=clock
+    )
+    comfyui = (
+        None
+        if program is None
+        else ManagedComfyUI(program, clock=clock, on_restart=lambda name: uncharged(dispatchers, name))
+    )
     tickets = Tickets(clock)
     base.authenticator.register_ticket_checker(tickets.redeem)
     files = Files(
@@ -116,7 +145,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         service=ServiceInfo(
             version=__version__, started=clock.monotonic(), clock=clock, metrics_auth=settings.api.metrics_auth
         ),
-        ready_state=Readiness(workflows, store.check),
+        ready_state=Readiness(workflows, tasks, store.check),
         registry=base.registry,
         workflows=workflows,
         hub=hub,
@@ -130,18 +159,29 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         ),
         files=files,
         output_door=OutputDoor(store, [dispatcher.backend for dispatcher in dispatchers]),
+        gpus=gpus,
+        tasks=tasks,
+        system=SystemMonitor(settings.api.data_dir),
+        managed=Managed(comfyui),
     )
+    disks = DiskWatch({"data": settings.api.data_dir, "outputs": settings.comfyui.outputs})
     metrics = HouseMetrics(
         base.registry,
         workflows=workflows,
         hub=hub,
+        gpus=gpus,
         clock=clock,
-        active_tasks=services.ready_state.active_tasks,
+        tasks=tasks,
+        disks=disks,
     )
+    await tasks.open()
     retention = Retention(RetentionConfig(days=settings.api.retention), store, clock)
     work = [
+        asyncio.create_task(_keep(gpus), name="gpus"),  # first: no start of a workflow may pass unheard
         *(asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers),
         asyncio.create_task(retention.run(), name="retention"),
+        asyncio.create_task(_keep(disks), name="disks"),
+        *([asyncio.create_task(_keep(comfyui), name="comfyui")] if comfyui else ()),
     ]
     try:
         yield services
@@ -152,6 +192,9 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         await asyncio.gather(*work, return_exceptions=True)
         for dispatcher in dispatchers:
             await dispatcher.aclose()
+        if comfyui is not None:
+            await comfyui.aclose()
+        await tasks.aclose()
         files.close()
         await store.close()
         metrics.close()
@@ -159,37 +202,64 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
 
 def backend_configs(settings: Settings) -> list[BackendConfig]:
     """The configured backends. One on this machine shares our outputs folder; with several of them none does."""
-    local = [backend for backend in settings.comfyui.backends if urlsplit(backend.url).hostname in _LOOPBACK]
+    local = [backend for backend in settings.comfyui.backends if urlsplit(backend.url).hostname in LOOPBACK]
     shared = settings.comfyui.outputs if len(local) == 1 and settings.comfyui.outputs.is_dir() else None
+    watch = WatchConfig(
+        interrupt=settings.comfyui.interrupt_seconds,
+        stall=settings.comfyui.stall_seconds,
+        stall_interrupt=settings.comfyui.stall_interrupt,
+    )
     return [
-        BackendConfig(name=backend.name, url=backend.url, outputs=shared if backend in local else None)
+        BackendConfig(name=backend.name, url=backend.url, outputs=shared if backend in local else None, watch=watch)
         for backend in settings.comfyui.backends
     ]
 
 
-async def _keep(dispatcher: Dispatcher) -> None:
+def restart_config(settings: Settings, backend: BackendConfig) -> RestartConfig:
+    """How a stalled backend is restarted. The command is told which one, without what is secret in its address."""
+    parts = urlsplit(backend.url)
+    url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    told = {"COMFYUI_BACKEND": backend.name, "COMFYUI_URL": url}
+    environ = settings.comfyui.restart_environ | told
+    return RestartConfig(argv=settings.comfyui.restart_command.argv, environ=environ)
+
+
+def gpu_config(settings: Settings) -> GpuConfig:
+    """How the cards are sampled, and whose they are."""
+    places = settings.gpu.backends
+    return GpuConfig(
+        sample_seconds=settings.gpu.sample_seconds,
+        running_seconds=settings.gpu.running_sample_seconds,
+        here=None if places is None else {place.name: place.cards for place in places},
+    )
+
+
+async def _keep(work: Dispatcher | GpuManager | ManagedComfyUI | DiskWatch) -> None:
     """Run it for ever. A fault of ours must not stop the queue: what was open is reconciled by the next run."""
     while True:
         try:
-            await dispatcher.run()
+            await work.run()
         except Exception:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            log.exception("dispatcher failed, starting it again", backend=dispatcher.name)
+            log.exception("failed, starting it again", work=work.name)
             await asyncio.sleep(_RESTART_SECONDS)
 
 
 class Readiness:
     """What `/ready` tells."""
 
-    def __init__(self, workflows: WorkflowManager, check: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self, workflows: WorkflowManager, tasks: ProcessManager, check: Callable[[], Awaitable[None]]
+    ) -> None:
         self._workflows = workflows
+        self._tasks = tasks
         self._check = check
 
     def active_tasks(self) -> int:
-        """Tasks come with their own manager; workflows are not tasks."""
-        return 0
+        """Those that run; workflows are not tasks."""
+        return self._tasks.active_count
 
     async def ready(self) -> ReadyChecks:
         """The store is asked, ComfyUI is only remembered."""

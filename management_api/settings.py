@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from management_api import values
 from management_api.values import BackendSettings, LogFormat, LogLevel, Network
+from managers.processes.environment import forbidden
 
 Source = Literal["environment", ".env", "default"]
 
@@ -38,9 +39,11 @@ class ModelFolders(Struct, frozen=True):
 
 
 class ApiSettings(Struct, frozen=True):
-    """The service's own doors. `max_body` in bytes, `retention` in days; `rate_limit` None is off."""
+    """The service's own doors. `max_body` in bytes, `retention` in days. Off: `rate_limit` None, `max_sockets` 0."""
 
     key: str
+    keys_file: Path | None
+    providers_file: Path | None
     host: str
     port: int
     data_dir: Path
@@ -50,12 +53,17 @@ class ApiSettings(Struct, frozen=True):
     trusted_proxies: tuple[Network, ...]
     metrics_auth: bool
     max_body: int
+    max_sockets: int
     shutdown_seconds: float
+    drain: bool
     cors_allowed_origins: tuple[str, ...]
 
 
 class ComfyUISettings(Struct, frozen=True):
-    """The backends, their folders on this machine, and how the queue treats them. Times in seconds."""
+    """The backends, their folders on this machine, and how the queue treats them. Times in seconds.
+
+    `restart_environ` is what `restart_command` gets to see of our environment.
+    """
 
     backends: tuple[BackendSettings, ...]
     outputs: Path
@@ -65,6 +73,26 @@ class ComfyUISettings(Struct, frozen=True):
     priority_aging: float
     prefetch: bool
     free_when_idle_seconds: float
+    gone_seconds: float
+    interrupt_seconds: float
+    stall_seconds: float
+    stall_interrupt: bool
+    restart_command: values.Command
+    restart_environ: dict[str, str]
+    path: Path
+    autostart: bool
+    autostop: bool
+    python: Path | None
+    args: values.Command
+    env: tuple[str, ...]
+
+
+class GpuSettings(Struct, frozen=True):
+    """How often cards are sampled, in seconds (0: never), and whose they are; None: of ComfyUIs on this machine."""
+
+    sample_seconds: float
+    running_sample_seconds: float
+    backends: tuple[values.BackendCards, ...] | None
 
 
 class LogSettings(Struct, frozen=True):
@@ -84,12 +112,17 @@ class Row(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True):
-    """The whole tree, and the rows that tell where each value came from."""
+    """The whole tree, and the rows that tell where each value came from.
+
+    `environ` is what of our environment programs may get a part of: all but our own settings, keys and secrets.
+    """
 
     api: ApiSettings
     comfyui: ComfyUISettings
+    gpu: GpuSettings
     log: LogSettings
     rows: tuple[Row, ...] = ()
+    environ: dict[str, str] = {}
 
 
 class Variable(Struct, frozen=True):
@@ -111,9 +144,16 @@ def _folder(name: str, field: str, below: str, description: str) -> Variable:
     return Variable(name, field, values.folder, None, description, fallback=f"`COMFY_PATH`/{below}")
 
 
+_HARMLESS = (
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR"),
+    *("XDG_RUNTIME_DIR", "DBUS_SESSION_BUS_ADDRESS", "DOCKER_HOST", "SSH_AUTH_SOCK"),
+)
+"""What commands that restart a service need to see; keys and secrets are none of it."""
 _HOST = "0.0.0.0"  # noqa: S104 -- CONTRACT 9: a service for other machines
 _VARIABLES = (
-    ("KEY", "key", values.key, None, "The key every client sends. Required."),
+    ("KEY", "key", values.key, None, "The key that may do everything. Required."),
+    ("KEYS_FILE", "keys_file", values.file, None, "More keys, each with its own rights: [keys](#keys)."),
+    ("PROVIDERS_FILE", "providers_file", values.file, None, "What tasks may run: [tasks](tasks.md#providers)."),
     ("PORT", "port", values.whole(0, 65535), "9090", "The port to listen on; 0 takes a free one."),
     ("HOST", "host", values.host, _HOST, "The address to listen on."),
     ("DATA_DIR", "data_dir", values.folder, None, "Where the queue and its records are kept."),
@@ -123,9 +163,16 @@ _VARIABLES = (
     ("TRUSTED_PROXIES", "trusted_proxies", values.networks, "", "Networks whose `X-Forwarded-For` is believed."),
     ("METRICS_AUTH", "metrics_auth", values.boolean, "false", "Ask for the key at `/metrics` too."),
     ("MAX_BODY", "max_body", values.size, "10MiB", "The largest request body; uploads have their own limit."),
-    ("SHUTDOWN_SECONDS", "shutdown_seconds", values.seconds(), "10", "How long open requests may take at the end."),
+    ("MAX_SOCKETS", "max_sockets", values.whole(0), "100", "Open streams of one client; 0: no limit."),
+    ("SHUTDOWN_SECONDS", "shutdown_seconds", values.seconds(), "30", "How long stopping may take."),
+    ("DRAIN", "drain", values.boolean, "false", "Stopping waits for running workflows to end, in that time."),
 )
-_FALLBACKS = {"KEY": "none", "DATA_DIR": "the user data folder of the platform"}
+_FALLBACKS = {
+    "KEY": "none",
+    "KEYS_FILE": "none",
+    "PROVIDERS_FILE": "four ready ones",
+    "DATA_DIR": "the user data folder of the platform",
+}
 
 VARIABLES: tuple[Variable, ...] = (
     *(
@@ -165,13 +212,31 @@ VARIABLES: tuple[Variable, ...] = (
     ),
     Variable("COMFYUI_HOST", "", values.host, "127.0.0.1", "The host of ComfyUI."),
     Variable("COMFYUI_PORT", "", values.whole(1, 65535), "8188", "The port of ComfyUI."),
-    Variable("COMFY_PATH", "", values.folder, "~/comfyui", "ComfyUI's folder, for the defaults of the next six."),
+    Variable("COMFY_PATH", "comfyui.path", values.folder, "~/comfyui", "ComfyUI's folder, for the next ones."),
     _folder("COMFYUI_OUTPUTS", "comfyui.outputs", "output", "Where ComfyUI writes."),
     _folder("COMFYUI_MODELS_CHECKPOINTS", "models.checkpoints", "models/checkpoints", "Checkpoints."),
     _folder("COMFYUI_MODELS_LORAS", "models.loras", "models/loras", "LoRAs."),
     _folder("COMFYUI_MODELS_VAE", "models.vae", "models/vae", "VAEs."),
     _folder("COMFYUI_MODELS_CONTROLNET", "models.controlnet", "models/controlnet", "ControlNets."),
     _folder("COMFYUI_MODELS_UPSCALE", "models.upscale", "models/upscale_models", "Upscalers."),
+    Variable(
+        "COMFY_AUTOSTART",
+        "comfyui.autostart",
+        values.boolean,
+        "false",
+        "Start the ComfyUI there, and again when it dies: [tasks](tasks.md#comfyui-itself).",
+    ),
+    Variable("COMFY_AUTOSTOP", "comfyui.autostop", values.boolean, "false", "Stop it when the service stops."),
+    Variable(
+        "COMFY_PYTHON",
+        "comfyui.python",
+        values.file,
+        None,
+        "The Python it runs with.",
+        fallback="that of `.venv` or `venv` in `COMFY_PATH`, else the service's",
+    ),
+    Variable("COMFY_ARGS", "comfyui.args", values.arguments, "", "More arguments for it, like `--lowvram`."),
+    Variable("COMFY_ENV", "comfyui.env", values.names, "", "More variables that it gets to see, like `MY_*`."),
     Variable(
         "COMFYUI_TIMEOUT",
         "comfyui.timeout",
@@ -207,9 +272,69 @@ VARIABLES: tuple[Variable, ...] = (
         "0",
         "Seconds of idleness after which ComfyUI is asked to free its memory; 0: never.",
     ),
+    Variable(
+        "COMFYUI_GONE_SECONDS",
+        "comfyui.gone_seconds",
+        values.seconds(),
+        "120",
+        "Seconds after which others take over what a ComfyUI that is away was given; 0: never.",
+    ),
+    Variable(
+        "COMFYUI_INTERRUPT_SECONDS",
+        "comfyui.interrupt_seconds",
+        values.seconds(above_zero=True),
+        "60",
+        "Seconds without a sign after an interrupt, until a ComfyUI counts as stalled.",
+    ),
+    Variable(
+        "COMFYUI_STALL_SECONDS",
+        "comfyui.stall_seconds",
+        values.seconds(),
+        "600",
+        "Seconds of silence of a running workflow after which it is told; 0: never.",
+    ),
+    Variable(
+        "COMFYUI_STALL_INTERRUPT",
+        "comfyui.stall_interrupt",
+        values.boolean,
+        "false",
+        "Stop a workflow that is silent for so long.",
+    ),
+    Variable(
+        "COMFYUI_RESTART_COMMAND",
+        "comfyui.restart_command",
+        values.command,
+        "",
+        "What restarts a stalled ComfyUI; `manager`: ComfyUI-Manager does.",
+    ),
+    Variable(
+        "GPU_SAMPLE_SECONDS",
+        "gpu.sample_seconds",
+        values.seconds(),
+        "2",
+        "Seconds between samples of the GPUs; 0: never.",
+    ),
+    Variable(
+        "GPU_RUNNING_SAMPLE_SECONDS",
+        "gpu.running_sample_seconds",
+        values.seconds(above_zero=True),
+        "0.25",
+        "The same while a workflow runs.",
+    ),
+    Variable(
+        "GPU_BACKENDS",
+        "gpu.backends",
+        values.cards,
+        None,
+        "Which ComfyUIs run on GPUs of this machine, and on which where that does not show: [GPUs](metrics.md#gpus).",
+        fallback="those at a loopback address",
+    ),
     Variable("LOG_LEVEL", "log.level", values.log_level, "info", "debug, info, warning, error or critical."),
     Variable("LOG_FORMAT", "log.format", values.log_format, "auto", "console or json; auto: console on a terminal."),
 )
+
+SECRETS = frozenset(variable.name for variable in VARIABLES if variable.secret)
+"""Variables that no program gets to see."""
 
 
 def load(environ: Mapping[str, str], dotenv: Path | None, *, require_key: bool = True) -> Settings:
@@ -230,21 +355,27 @@ def load(environ: Mapping[str, str], dotenv: Path | None, *, require_key: bool =
             text, sources[name] = variable.default or "", "default"
         found[name] = _parse(variable, text)
     if require_key and not found["MANAGEMENT_API_KEY"]:
-        raise SettingsError("MANAGEMENT_API_KEY is not set: choose the key that clients will send")
+        raise SettingsError("MANAGEMENT_API_KEY is not set: choose the key that may do everything")
     _fall_back(found)
-    sections: dict[str, dict[str, Any]] = {"api": {}, "comfyui": {}, "models": {}, "log": {}}
+    sections: dict[str, dict[str, Any]] = {"api": {}, "comfyui": {}, "models": {}, "gpu": {}, "log": {}}
     for variable in VARIABLES:
         section, _, field = variable.field.partition(".")
         if section:
             sections[section][field] = found[variable.name]
     return Settings(
         api=ApiSettings(**sections["api"]),
-        comfyui=ComfyUISettings(**sections["comfyui"], models=ModelFolders(**sections["models"])),
+        comfyui=ComfyUISettings(
+            **sections["comfyui"],
+            models=ModelFolders(**sections["models"]),
+            restart_environ={name: environ[name] for name in _HARMLESS if name in environ},
+        ),
+        gpu=GpuSettings(**sections["gpu"]),
         log=LogSettings(**sections["log"]),
         rows=tuple(
             Row(variable.name, _shown(variable, found[variable.name]), _default(variable), sources[variable.name])
             for variable in VARIABLES
         ),
+        environ={name: value for name, value in environ.items() if not forbidden(name, SECRETS)},
     )
 
 
@@ -287,6 +418,10 @@ def _fall_back(found: dict[str, Any]) -> None:
     address = f"[{host}]" if ":" in host else host
     found["COMFYUI_URL"] = found["COMFYUI_URL"] or f"http://{address}:{found['COMFYUI_PORT']}"
     found["COMFYUI_BACKENDS"] = found["COMFYUI_BACKENDS"] or (BackendSettings("local", found["COMFYUI_URL"]),)
+    known = {backend.name for backend in found["COMFYUI_BACKENDS"]}
+    for place in found["GPU_BACKENDS"] or ():
+        if place.name not in known:
+            raise SettingsError(f"GPU_BACKENDS={place.name} is no backend: give some of {', '.join(sorted(known))}")
     found["MANAGEMENT_API_KEY"] = found["MANAGEMENT_API_KEY"] or ""
     if found["MANAGEMENT_API_DATA_DIR"] is None:
         found["MANAGEMENT_API_DATA_DIR"] = platformdirs.user_data_path("comfyui-management-api", appauthor=False)
@@ -304,7 +439,7 @@ def _shown(variable: Variable, value: Any) -> str:
         return MASK if value else ""
     match value:
         case None:
-            return "off"
+            return "off" if variable.default else ""
         case bool():
             return str(value).lower()
         case float():

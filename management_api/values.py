@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,25 @@ class BackendSettings(Struct, frozen=True):
 
     name: str
     url: str
+
+
+class Command(Struct, frozen=True):
+    """A program and its arguments; no shell reads them."""
+
+    argv: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return shlex.join(self.argv)
+
+
+class BackendCards(Struct, frozen=True):
+    """A backend on cards of this machine, and which; empty: that shows."""
+
+    name: str
+    cards: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name}={'+'.join(self.cards)}" if self.cards else self.name
 
 
 def key(text: str) -> str:
@@ -143,6 +163,17 @@ def backends(text: str) -> tuple[BackendSettings, ...]:
     return tuple(found)
 
 
+def cards(text: str) -> tuple[BackendCards, ...]:
+    """Backends, each with the ids of its cards where they are given."""
+    found = []
+    for part in _parts(text):
+        if not re.fullmatch(r"[a-z0-9_-]{1,64}(=\d+(\.\d+)?(\+\d+(\.\d+)?)*)?", part, re.ASCII):
+            raise ValueError("backends with commas between, each with its cards or without, like local=0+1,second=2")
+        name, _, ids = part.partition("=")
+        found.append(BackendCards(name, tuple(ids.split("+")) if ids else ()))
+    return tuple(found)
+
+
 def folder(text: str) -> Path:
     """An absolute path; `~` is the home of who runs the service."""
     if "\0" in text:
@@ -151,6 +182,38 @@ def folder(text: str) -> Path:
         return Path(text).expanduser().absolute()
     except RuntimeError:
         raise ValueError("a folder; ~ needs a known home") from None
+
+
+def file(text: str) -> Path:
+    """An absolute path; `~` is the home of who runs the service."""
+    try:
+        return folder(text)
+    except ValueError:
+        raise ValueError("a file, like /etc/comfyui-management-api/keys.toml") from None
+
+
+def command(text: str) -> Command:
+    """A command line, taken apart as a shell does, without its expansions."""
+    try:
+        return Command(tuple(shlex.split(text)))
+    except ValueError:
+        raise ValueError("a command, like systemctl restart comfyui, with its quotes closed; or manager") from None
+
+
+def arguments(text: str) -> Command:
+    """Arguments of a program, taken apart as a shell does, without its expansions."""
+    try:
+        return command(text)
+    except ValueError:
+        raise ValueError("arguments, like --lowvram --preview-method auto, with their quotes closed") from None
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names of variables, or patterns of them."""
+    for name in _parts(text):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_*]*", name):
+            raise ValueError("names of variables with commas between, like HF_TOKEN,MY_*")
+    return tuple(_parts(text))
 
 
 def host(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from litestar import Request
 from litestar.exceptions import HTTPException
+from litestar.exceptions.http_exceptions import RequestEntityTooLarge
 from msgspec import Struct
 
 from managers.errors import InvalidRequest
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _PLACE = re.compile(r"(?P<message>.*) - at `(?P<key>key in )?\$?(?P<path>.*)`$", re.DOTALL)
 _STEP = re.compile(r"\.(?P<name>[^.\[\]]+)|\[(?P<index>\d+|\.\.\.)\]")
 _MISSING = re.compile(r"missing required field `(?P<name>.+)`$")
+_MAX_SHOWN = 300  # of a value that is wrong
 _ANYTHING: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 
@@ -31,6 +33,16 @@ class JsonRequest(Request[Any, Any, Any]):
     async def json(self) -> Any:
         """The body, decoded. Raises `InvalidRequest`."""
         return decode_json(await self.body(), _ANYTHING)
+
+    async def body(self) -> bytes:
+        """The body, whole. 413 says how much is allowed, and who says so."""
+        try:
+            return await super().body()
+        except RequestEntityTooLarge:
+            limit = self.route_handler.resolve_request_max_body_size()
+            raise HTTPException(
+                status_code=413, detail=f"The body is larger than {limit} bytes, which MANAGEMENT_API_MAX_BODY allows"
+            ) from None
 
 
 async def read_json(request: Request[Any, Any, Any], decoder: msgspec.json.Decoder[T]) -> T:
@@ -78,7 +90,8 @@ def finding(message: str, where: str) -> Finding:
 
 def _at(text: str, kind: Any) -> tuple[str, list[Finding]]:
     place = _PLACE.match(text)
-    found = finding(place["message"], pointer(place["path"])) if place else finding(text, "")
+    message, where = (place["message"], pointer(place["path"])) if place else (text, "")
+    found = finding(message if len(message) <= _MAX_SHOWN else message[:_MAX_SHOWN] + "…", where)
     allowed = _allowed(kind, found.pointer)
     if allowed:
         message = f"{found.message}; known: {', '.join(allowed)}"

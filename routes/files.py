@@ -145,6 +145,13 @@ async def list_outputs(
     return OutputsReply([_view(entry) for entry in page.outputs], page.next_cursor)
 
 
+_Path = Annotated[str, PathParameter(description="`subfolder/filename`.")]
+_Backend = Annotated[str | None, QueryParameter(description="The backend whose folder is meant.")]
+_Folder = Annotated[
+    Literal["output", "temp", "input"] | None, QueryParameter(name="type", description="Which of its folders.")
+]
+
+
 @route(
     OUTPUT_URL + "{path:path}",
     http_method=[HttpMethod.GET, HttpMethod.HEAD],
@@ -161,11 +168,9 @@ async def read_output(
     request: Request[Any, Any, Any],
     files: NamedDependency[Files],
     output_door: NamedDependency[OutputDoor],
-    path: Annotated[str, PathParameter(description="`subfolder/filename`.")],  # noqa: ARG001 -- see _asked
-    backend: Annotated[str | None, QueryParameter(description="The backend whose folder is meant.")] = None,
-    type_: Annotated[
-        Literal["output", "temp", "input"] | None, QueryParameter(name="type", description="Which of its folders.")
-    ] = None,
+    path: _Path,  # noqa: ARG001 -- see _asked
+    backend: _Backend = None,
+    type_: _Folder = None,
 ) -> ASGIResponse:
     """GET and HEAD /v1/comfyui/output/{path}."""
     if backend is None and type_ in (None, "output"):
@@ -201,16 +206,24 @@ async def read_workflow_output(
     OUTPUT_URL + "{path:path}",
     tags=["files"],
     summary="Delete an output",
-    description="Remove the file from the outputs folder for good.",
+    description=(
+        "Remove the file for good: the one that GET reads with the same parameters. 409 where the folder is not on "
+        "this machine, or is that of inputs."
+    ),
     responses=problems(404, 409, 503),
 )
 async def delete_output(
     request: Request[Any, Any, Any],
     files: NamedDependency[Files],
-    path: Annotated[str, PathParameter(description="`subfolder/filename`.")],  # noqa: ARG001 -- see _asked
+    output_door: NamedDependency[OutputDoor],
+    path: _Path,  # noqa: ARG001 -- see _asked
+    backend: _Backend = None,
+    type_: _Folder = None,
 ) -> None:
     """DELETE /v1/comfyui/output/{path}."""
-    await files.delete_output(_asked(request))
+    ours = backend is None and type_ in (None, "output")
+    folder = None if ours else output_door.folder_to_delete_in(backend, type_ or "output")
+    await files.delete_output(_asked(request), folder)
 
 
 files_routes = [list_models, list_outputs, read_output, read_workflow_output, delete_output]

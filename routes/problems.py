@@ -42,7 +42,10 @@ _WHEN: dict[int, tuple[str, str]] = {
         "The key is missing or wrong.",
         "A valid key is required: X-API-Key: <key>, or Authorization: Bearer <key>",
     ),
-    403: ("The key may not do this.", "This key may not do this"),
+    403: (
+        "The key has not the scope that this needs; `detail` and `WWW-Authenticate` name it.",
+        "The key dashboard has not the scope submit, which this needs",
+    ),
     404: ("There is no such thing.", "Workflow 9b2f… not found"),
     405: ("The path does not know this method; `Allow` names those it knows.", "Method Not Allowed"),
     409: ("The state of the thing forbids this.", "The workflow has completed already"),
@@ -50,7 +53,10 @@ _WHEN: dict[int, tuple[str, str]] = {
     413: ("The body is larger than allowed.", "The body is larger than 10485760 bytes"),
     415: ("The body is of another type than expected.", "Send application/json"),
     422: ("Understood, but it cannot be done.", "The workflow cannot run"),
-    429: ("Too many requests from this address.", "Rate limit of 100 per 1 minute is used up, try again in 12 s"),
+    429: (
+        "Too many requests of this address or key, or too many workflows of this key wait.",
+        "Rate limit of 100 per 1 minute is used up, try again in 12 s",
+    ),
     500: ("Something broke on our side.", "Internal Server Error"),
     503: ("Not now; `Retry-After` says when to try again.", "The service is about to stop"),
 }

@@ -40,6 +40,10 @@ ENDPOINTS: dict[str, dict[str, str]] = {
         "outputs": "GET /v1/comfyui/outputs",
         "output": "GET /v1/comfyui/output/{path}",
         "stream": "WS /v1/comfyui/stream",
+        "backends": "GET /v1/comfyui/backends",
+        "drain": "POST /v1/comfyui/backends/{name}/drain",
+        "resume": "POST /v1/comfyui/backends/{name}/resume",
+        "retryAll": "POST /v1/comfyui/workflow/retry",
     },
     "monitoring": {
         "status": "GET /v1/status",
@@ -225,4 +229,8 @@ async def metrics(
     return Response(text, media_type=content_type)
 
 
-service_routes = [root, health, ready, metrics]
+# What Kubernetes' probes are often set to; documented under the first name alone.
+healthz = get("/healthz", include_in_schema=False)(health.fn)
+readyz = get("/readyz", include_in_schema=False)(ready.fn)
+
+service_routes = [root, health, ready, healthz, readyz, metrics]

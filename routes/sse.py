@@ -6,11 +6,12 @@ Must never hold events back: each goes out at once, and a reader that has gone e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from litestar.response import Stream
 from msgspec import Struct
 
+from managers.callers import always
 from managers.events.log import StoredFrame
 
 _HEARTBEAT = b": heartbeat\n\n"
@@ -32,15 +33,22 @@ class SseEvent(Struct, frozen=True, kw_only=True):
         return b"\n".join(lines) + b"\n\n"
 
 
-def event_stream(frames: AsyncGenerator[StoredFrame, None], *, heartbeat_seconds: float = 30) -> Stream:
-    """The reply that sends stored events as they come; `id:` is the seq. Closes the generator, whoever ends it."""
-    return sse(_of_frames(frames), heartbeat_seconds=heartbeat_seconds)
+def event_stream(
+    frames: AsyncGenerator[StoredFrame, None], *, heartbeat_seconds: float = 30, welcome: Callable[[], bool] = always
+) -> Stream:
+    """The reply that sends stored events as they come; `id:` is the seq. Closes the generator, whoever ends it.
+
+    `welcome` is asked before each event and heartbeat; False ends it.
+    """
+    return sse(_of_frames(frames), heartbeat_seconds=heartbeat_seconds, welcome=welcome)
 
 
-def sse(events: AsyncGenerator[SseEvent, None], *, heartbeat_seconds: float = 30) -> Stream:
+def sse(
+    events: AsyncGenerator[SseEvent, None], *, heartbeat_seconds: float = 30, welcome: Callable[[], bool] = always
+) -> Stream:
     """The same for events of any kind."""
     return Stream(
-        _lines(events, heartbeat_seconds),
+        _lines(events, heartbeat_seconds, welcome),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
@@ -54,13 +62,17 @@ async def _of_frames(frames: AsyncGenerator[StoredFrame, None]) -> AsyncGenerato
         await frames.aclose()
 
 
-async def _lines(events: AsyncGenerator[SseEvent, None], heartbeat_seconds: float) -> AsyncGenerator[bytes, None]:
+async def _lines(
+    events: AsyncGenerator[SseEvent, None], heartbeat_seconds: float, welcome: Callable[[], bool]
+) -> AsyncGenerator[bytes, None]:
     yield b": stream\n\n"  # the headers go out with the first bytes: a client sees at once that it is connected
     coming: asyncio.Task[SseEvent] | None = None
     try:
         while True:
             coming = coming or asyncio.ensure_future(anext(events))
             done, _ = await asyncio.wait({coming}, timeout=heartbeat_seconds)
+            if not welcome():
+                return
             if not done:
                 yield _HEARTBEAT
                 continue

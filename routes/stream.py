@@ -13,7 +13,7 @@ from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 import structlog
-from litestar import Response, WebSocket, post, websocket
+from litestar import Request, Response, WebSocket, post, websocket
 from litestar.di import NamedDependency
 from litestar.exceptions import WebSocketDisconnect
 from litestar.types import Send
@@ -25,6 +25,7 @@ from managers.events.log import EventLog
 from managers.events.packets import Packet
 from managers.events.session import End, SnapshotSource, StreamConfig, StreamSession, Writer
 from managers.events.tickets import Ticket, Tickets
+from routes.access import caller_of
 from routes.problems import documented, problems
 
 FRAME_WRITER = "management_api.frame_writer"
@@ -51,16 +52,19 @@ class Streams(Struct, frozen=True, kw_only=True):
     "/v1/comfyui/stream/ticket",
     status_code=200,
     summary="A ticket for a browser",
-    description="Single use, 60 s: for WebSocket and EventSource, as `?ticket=`, where a browser can set no header.",
+    description=(
+        "Single use, 60 s: for WebSocket and EventSource, as `?ticket=`, where a browser can set no header. It "
+        "stands for the key that asked for it."
+    ),
     tags=["stream"],
     responses=problems(503),
     opt=documented(
         reply={"ticket": "pX0rZc4mB0h3v4m1Hq0wW2m3u0oJ6m8n9v7b5c3x1z0", "expiresAt": 1795363451482},
     ),
 )
-async def stream_ticket(streams: NamedDependency[Streams]) -> Response[Ticket]:
+async def stream_ticket(request: Request[Any, Any, Any], streams: NamedDependency[Streams]) -> Response[Ticket]:
     """Answer POST /v1/comfyui/stream/ticket."""
-    return Response(streams.tickets.issue(), headers={"Cache-Control": "no-store"})
+    return Response(streams.tickets.issue(caller_of(request)), headers={"Cache-Control": "no-store"})
 
 
 @websocket("/v1/comfyui/stream")
@@ -93,6 +97,7 @@ async def stream(socket: WebSocket[Any, Any, Any], streams: NamedDependency[Stre
                 config=streams.config,
                 writer=writer,
                 since=since,
+                welcome=caller_of(socket).welcome,
             )
             await session.run(_receiver(socket), say_goodbye)
     except* Exception as errors:  # noqa: BLE001 - the framework would close with 4500 and say nothing

@@ -16,11 +16,14 @@ from litestar.params import FromPath, HeaderParameter, QueryParameter
 from litestar.response import Stream
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from managers.errors import InvalidRequest, NotFound
+from managers.callers import Caller
+from managers.errors import InvalidRequest
 from managers.events.types import ErrorType, Finding
 from managers.workflows.manager import DryRun, Page, Submission, WorkflowManager
 from managers.workflows.model import ANY_BACKEND, Filter, IdempotencyKey, Priority, Status, Submitted
+from managers.workflows.replay import retry
 from managers.workflows.views import WorkflowView
+from routes.access import caller_of
 from routes.bodies import read_json
 from routes.ids import UUID, known
 from routes.preferences import Preferences, preferences
@@ -41,10 +44,10 @@ class SubmitRequest(Struct, frozen=True, kw_only=True, rename="camel"):
 
     workflow: JsonObject
     priority: Priority = Priority.NORMAL
-    gpu: str = ANY_BACKEND
+    gpu: Annotated[str, Meta(max_length=64)] = ANY_BACKEND
     id: WorkflowId | None = None
     metadata: dict[str, Any] | None = None
-    extra_data: JsonObject | UnsetType = UNSET
+    extra_data: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "null"]})] | UnsetType = UNSET
     max_attempts: Annotated[int, Meta(ge=1, le=100)] | None = None
     timeout_seconds: Annotated[float, Meta(gt=0, le=30 * 86400)] | None = None
 
@@ -71,14 +74,6 @@ class PriorityRequest(Struct, frozen=True, rename="camel"):
     """What PATCH takes."""
 
     priority: Priority
-
-
-class QueueReply(Struct, frozen=True, rename="camel"):
-    """The queue after the change."""
-
-    length: int
-    running: int
-    paused: bool
 
 
 class EventsReply(Struct, frozen=True, rename="camel"):
@@ -131,6 +126,7 @@ _EXAMPLE_VIEW = {
     "maxAttempts": 3,
     "timeoutSeconds": 3600,
     "retryOf": None,
+    "submittedBy": "admin",
 }
 
 _ACCEPTED = ResponseSpec(SubmitReply, description="It is on disk.", generate_examples=False)
@@ -175,11 +171,12 @@ async def submit_workflow(
     """Take a workflow in."""
     wanted = preferences(prefer)
     body = await read_json(request, _submit)
-    submission = _submission(body)
+    caller = caller_of(request)
+    submission = _submission(body, caller)
     if dry_run:
         verdict = await workflows.dry_run(submission, strict=wanted.strict)
         return Response(verdict, status_code=200, headers=wanted.headers)
-    key = _key(idempotency_key, "POST " + PATH, await request.body())
+    key = _key(idempotency_key, f"{caller.name} POST {PATH}", await request.body())
     submitted = await workflows.submit(submission, key=key, strict=wanted.strict)
     return await _accepted(workflows, submitted, wanted)
 
@@ -198,6 +195,9 @@ async def list_workflows(
     error_type: Annotated[
         ErrorType | None, QueryParameter(name="errorType", description="Only failures of this class.")
     ] = None,
+    submitted_by: Annotated[
+        str | None, QueryParameter(name="submittedBy", description="Only those that the key of this name handed in.")
+    ] = None,
     since: Annotated[
         int | None, QueryParameter(ge=0, le=_LAST_MS, description="Submitted at or after this time, epoch ms.")
     ] = None,
@@ -205,7 +205,15 @@ async def list_workflows(
     cursor: Annotated[str | None, QueryParameter(description="`nextCursor` of the page before.")] = None,
 ) -> Page:
     """A page of workflows."""
-    wanted = Filter(status=status, gpu=gpu, error_type=error_type, since=since, limit=limit, cursor=cursor)
+    wanted = Filter(
+        status=status,
+        gpu=gpu,
+        error_type=error_type,
+        submitted_by=submitted_by,
+        since=since,
+        limit=limit,
+        cursor=cursor,
+    )
     return await workflows.list(wanted)
 
 
@@ -262,17 +270,19 @@ async def change_workflow(
 @post(
     PATH + "/{workflow_id:str}/retry",
     summary="Run a failed or cancelled workflow again",
-    description="As a new workflow with `retryOf`: what is final stays final.",
+    description="As a new workflow with `retryOf`, of the key that asks for it: what is final stays final.",
     tags=["workflows"],
     status_code=202,
     responses={202: _ACCEPTED, **problems(404, 409, 503)},
     opt=documented(reply=_EXAMPLE_ACCEPTED | {"retryOf": _EXAMPLE_ID}),
 )
 async def retry_workflow(
-    workflows: NamedDependency[WorkflowManager], workflow_id: FromPath[str]
+    request: Request[Any, Any, Any], workflows: NamedDependency[WorkflowManager], workflow_id: FromPath[str]
 ) -> Response[SubmitReply | WorkflowView | DryRun]:
     """Run again."""
-    return await _accepted(workflows, await workflows.retry(known(workflow_id)), Preferences())
+    caller = caller_of(request)
+    again = await retry(workflows, known(workflow_id), submitted_by=caller.name, max_queued=caller.max_queued)
+    return await _accepted(workflows, again, Preferences())
 
 
 @get(
@@ -313,29 +323,14 @@ async def workflow_events(
     """Its life."""
     workflow = await workflows.store.get(known(workflow_id))
     if "text/event-stream" in request.headers.get("accept", ""):
-        return event_stream(workflows.follow(workflow.id, _last_event_id(request)))
+        return event_stream(
+            workflows.follow(workflow.id, _last_event_id(request)), welcome=caller_of(request).welcome
+        )
     frames = await workflows.store.events_of(workflow.id)
     return Response(EventsReply([Raw(frame.data) for frame in frames]))
 
 
-@post(
-    "/v1/comfyui/queue/{action:str}",
-    summary="Pause or resume the queue",
-    description="`pause`: no more work is handed out, also after a restart; what runs goes on. `resume` undoes it.",
-    tags=["workflows"],
-    status_code=200,
-    responses=problems(404),
-    opt=documented(reply={"length": 3, "running": 1, "paused": True}),
-)
-async def pause_queue(workflows: NamedDependency[WorkflowManager], action: FromPath[str]) -> QueueReply:
-    """Stop or go."""
-    if action not in ("pause", "resume"):
-        raise NotFound("There is only queue/pause and queue/resume")
-    counts = await workflows.set_paused(action == "pause")
-    return QueueReply(counts.length, counts.running, counts.paused)
-
-
-def _submission(body: SubmitRequest) -> Submission:
+def _submission(body: SubmitRequest, caller: Caller) -> Submission:
     if body.metadata is not None and len(msgspec.json.encode(body.metadata)) > _MAX_METADATA_BYTES:
         message = f"metadata is larger than {_MAX_METADATA_BYTES} bytes"
         raise InvalidRequest(message, [Finding(code="too_large", message=message, pointer="/metadata")])
@@ -345,9 +340,11 @@ def _submission(body: SubmitRequest) -> Submission:
         gpu=body.gpu,
         id=body.id,
         metadata=body.metadata,
-        extra_data=bytes(body.extra_data) if isinstance(body.extra_data, Raw) else None,
+        extra_data=bytes(body.extra_data) if body.extra_data not in (UNSET, Raw(b"null")) else None,
         max_attempts=body.max_attempts,
         timeout_seconds=body.timeout_seconds,
+        submitted_by=caller.name,
+        max_queued=caller.max_queued,
     )
 
 
@@ -373,7 +370,7 @@ async def _accepted(
         status=submitted.status,
         queue_position=submitted.queue_position,
         created_at=workflow.created_at,
-        errors=workflow.errors or UNSET,
+        errors=submitted.errors or UNSET,
         retry_of=workflow.retry_of or UNSET,
     )
     return Response(reply, status_code=202, headers=headers)
@@ -392,5 +389,4 @@ workflow_routes = [
     change_workflow,
     retry_workflow,
     workflow_events,
-    pause_queue,
 ]

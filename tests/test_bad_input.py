@@ -116,6 +116,55 @@ async def test_a_body_that_is_refused(queue: House, what: str) -> None:
     assert (await queue.post(picture())).status_code == 202
 
 
+def graph_with(change: Callable[[dict[str, Any]], object]) -> bytes:
+    return spoiled(lambda body: change(body["workflow"]))
+
+
+LIMITS: dict[str, tuple[bytes, str, int]] = {
+    # what: body, the place that is named, the limit that is named
+    "nodes": (graph_with(lambda graph: graph.update({str(n): {} for n in range(10, 10_009)})), "/workflow", 10_000),
+    "levels": (nested(65), "/workflow", 64),
+    "the id of a node": (graph_with(lambda graph: graph.update({"x" * 1001: graph["1"]})), "/workflow", 1000),
+    "a class": (graph_with(lambda graph: graph["1"].update(class_type="x" * 1001)), "/workflow/1/class_type", 1000),
+    "the name of an input": (graph_with(lambda graph: graph["1"]["inputs"].update({"x" * 1001: 1})),
+                             "/workflow/1/inputs", 1000),
+    "a text": (graph_with(lambda graph: graph["1"]["inputs"].update(a=[{"b": "x" * (2**23 + 1)}])),
+               "/workflow/1", 2**23),
+    "a name in a text's place": (graph_with(lambda graph: graph["1"]["inputs"].update(a={"x" * (2**23 + 1): 1})),
+                                 "/workflow/1", 2**23),
+    "metadata": (spoiled(lambda body: body, metadata={"x": "y" * 5000}), "/metadata", 4096),
+    "gpu": (spoiled(lambda body: body, gpu="x" * 65), "/gpu", 64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LIMITS)
+async def test_a_limit_is_named(queue: House, what: str) -> None:
+    body, pointer, limit = LIMITS[what]
+    reply = await queue.client.post(PATH, content=body, headers=JSON)
+    found = problem(reply, 400)
+    (finding,) = found["errors"]
+    assert finding["pointer"] == pointer
+    assert str(limit) in finding["message"]
+    assert finding["message"] in found["detail"]
+    assert len(reply.content) < 8000, "what was too long is not sent back"
+    await nothing_stored(queue)
+
+
+async def test_up_to_the_limit_all_is_well(queue: House) -> None:
+    graph = picture() | {"x" * 1000: {"class_type": "y" * 1000, "inputs": {"z" * 1000: "t" * 2**23}}}
+    graph["1"]["_meta"] = {"title": "a title has no limit, but what is shown of it has " * 100}
+    reply = await queue.post(graph, gpu="local")
+    assert reply.status_code == 202, reply.text[:1000]
+    assert (await queue.get(reply.json()["workflowId"], include="workflow"))["workflow"] == graph
+
+
+@pytest.mark.parametrize("field", ["priority", "id", "gpu", "maxAttempts"])
+async def test_a_long_value_is_not_sent_back(queue: House, field: str) -> None:
+    reply = await queue.client.post(PATH, content=spoiled(lambda body: body, **{field: "x" * 2**20}), headers=JSON)
+    assert problem(reply, 400)["errors"][0]["pointer"] == f"/{field}"
+    assert len(reply.content) < 4000
+
+
 async def test_a_body_without_a_length_is_limited_too(queue: House) -> None:
     async def body() -> AsyncIterator[bytes]:
         for _ in range(11):

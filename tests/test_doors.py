@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -145,9 +146,21 @@ def test_whatever_the_head_says(
         (b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nHost: x\r\nA: b\0c\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nHost: x\r\n folded: no\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
-        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-        (b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\nabcd", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nContent-Length: 3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3, 3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0x3\r\n\r\nabc", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+        (b"GET /health HTTP/1.0\r\nHost: x\r\nhost: y\r\n\r\n", 400),
+        (b"GET /health HTTP/1.1\r\nX-Forwarded-Host: x\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n", 431),
         (b"GET /health HTTP/1.1\r\n" + b"x: y\r\n" * 20_000 + b"\r\n", 431),
         (b"GET /health?" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", 431),
@@ -193,6 +206,47 @@ def test_a_body_for_nobody_is_broken_off(doors: Doors) -> None:
                     connection.sendall(piece)
                     sent += len(piece)
             assert sent < 1 << 26
+
+
+# ---- names that are not what they seem
+
+
+@pytest.mark.parametrize(
+    "value", [b"a\x01b", b"a\x1b[31mb", b"a\tb", b"a b", b"\xff", b"\xc2\x85", b"../x", b'"', b"{}", b"x" * 129, b""]
+)
+def test_a_request_id_is_a_plain_word_or_ours(doors: Doors, value: bytes) -> None:
+    for target in (b"/nothing", b"/health", STREAM.encode()):
+        head = b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Id: " + value + b"\r\n\r\n"
+        with doors.open(head) as connection:
+            reply, _ = read_reply(connection)
+        (ours,) = reply.headers.get_all("x-request-id", [])
+        assert re.fullmatch(r"[0-9a-f]{32}", ours)
+    assert all("\x1b" not in line and "\x01" not in line for line in doors.process.seen)
+
+
+def test_of_two_request_ids_the_first_counts(doors: Doors) -> None:
+    for ids, told in (((b"one", b"two"), "one"), ((b"not sane", b"two"), None)):
+        head = b"".join(b"X-Request-Id: " + one + b"\r\n" for one in ids)
+        with doors.open(b"GET /health HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n") as connection:
+            (given,) = read_reply(connection)[0].headers.get_all("x-request-id", [])
+        assert given == told if told else re.fullmatch(r"[0-9a-f]{32}", given)
+
+
+def test_what_a_body_of_two_lengths_hides_is_no_request(doors: Doors) -> None:
+    """Smuggling: what a proxy takes for a body must not be taken for a request behind it."""
+    hidden = f"DELETE {PATH}/x HTTP/1.1\r\nHost: x\r\n".encode() + AUTHORIZED + b"\r\n"
+    size = str(len(hidden) + 5).encode()
+    for lengths in (
+        b"Content-Length: " + size + b"\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: " + size + b"\r\n",
+        b"Content-Length: 5\r\nContent-Length: " + size + b"\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+    ):
+        request = f"POST {PATH} HTTP/1.1\r\nHost: x\r\n".encode() + AUTHORIZED + lengths + b"\r\n0\r\n\r\n" + hidden
+        with doors.open(request) as connection:
+            reply, body = read_reply(connection)
+            assert (reply.status, reply.headers["connection"]) == (400, "close"), body
+            assert not connection.recv(65536), "one answer, and no more"
 
 
 # ---- who is asking
@@ -290,7 +344,7 @@ async def trickle(address: tuple[str, int], first: bytes, piece: bytes) -> float
 
 
 async def test_who_is_slow_with_a_head_is_left() -> None:
-    post = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n"
+    post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
     async with impatient() as address:
         seconds = await asyncio.gather(
             trickle(address, b"", b""),  # says nothing
@@ -298,8 +352,8 @@ async def test_who_is_slow_with_a_head_is_left() -> None:
             trickle(address, b"GET / HTTP/1.1\r\n", b"a: b\r\n"),
             trickle(address, b"GET / HTTP/1.1\r\nA: ", b"a"),
             trickle(address, b"\r\n", b"\r\n"),
-            trickle(address, b"GET / HTTP/1.1\r\n\r\n", b"\r\n"),  # has had its answer
-            trickle(address, b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n", b"a: b\r\n"),
+            trickle(address, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n"),  # has had its answer
+            trickle(address, b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n", b"a: b\r\n"),
             trickle(address, post, b"a"),
         )
     assert all(0.2 < one < 3 for one in seconds), seconds
@@ -319,7 +373,7 @@ async def test_who_is_slow_for_a_reason_is_not() -> None:
         def converse() -> list[str | bytes]:
             # On a connection that had an answer before: what follows the upgrade is no late body.
             connection = socket.create_connection(address, SECONDS)
-            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_reply(connection)[1] == b"ok"
             with connect(f"ws://{address[0]}:{address[1]}/", sock=connection) as stream:
                 heard = []

@@ -21,6 +21,7 @@ from msgspec import Struct
 
 from management_api.commands.listener import CannotStart, bind
 from management_api.commands.terminal import clean, complain, say
+from management_api.keys import KeysError, read_keys
 from management_api.services import backend_configs
 from management_api.settings import Settings, SettingsError, load
 from managers.clock import SystemClock, new_id
@@ -69,6 +70,8 @@ async def _examine(settings: Settings) -> int:
 
 async def _checks(settings: Settings) -> AsyncIterator[Check]:
     yield _key(settings.api.key)
+    if settings.api.keys_file is not None:
+        yield await asyncio.to_thread(_keys, settings.api.keys_file)
     yield await asyncio.to_thread(_data_folder, settings.api.data_dir)
     yield await asyncio.to_thread(_store, settings.api.data_dir / FILE_NAME)
     yield await _port(settings.api.host, settings.api.port)
@@ -92,6 +95,16 @@ def _key(key: str) -> Check:
     if len(key) < _KEY_LENGTH:
         return Check("bad", f"the key has {len(key)} characters, which can be guessed", advice)
     return Check("good", f"key: {len(key)} characters")
+
+
+def _keys(path: Path) -> Check:
+    try:
+        keys, _ = read_keys(path)
+    except KeysError as error:
+        return Check(
+            "bad", f"named keys: {error}", "Make or mend it with `management-api keys`, as the user of the service"
+        )
+    return Check("good", f"named keys: {len(keys)} in {path}")
 
 
 def _data_folder(folder: Path) -> Check:
@@ -180,9 +193,7 @@ def _folders(settings: Settings) -> Iterator[Check]:
 
 
 async def _comfyui(config: BackendConfig) -> AsyncIterator[Check]:
-    backend = Backend(
-        config, new_id(), clock=SystemClock(), publish=lambda _: None, on_change=lambda _backend, _reason: None
-    )
+    backend = Backend(config, new_id(), clock=SystemClock(), publish=lambda _: None, on_event=lambda _: None)
     name = f"ComfyUI {config.name}"
     try:
         stats = await backend.client.system_stats()

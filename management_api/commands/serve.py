@@ -23,6 +23,7 @@ import uvloop
 from management_api import __version__
 from management_api.commands.listener import CannotStart, bind, cannot_listen, url_of
 from management_api.commands.terminal import complain
+from management_api.keys import KeysError
 from management_api.logging import configure
 from management_api.settings import Settings, SettingsError, load
 from managers.errors import ManagerError
@@ -32,14 +33,17 @@ if TYPE_CHECKING:
 
 _LAST_SECONDS = 1.0
 """Of the time for stopping, what is kept for the managers after the last request."""
+_CLOSING_SECONDS = 4.0
+"""Of the time for stopping, what is kept for streams, requests and managers after the last workflow; at most half."""
 
 log = structlog.get_logger(__name__)
 
 
-def run() -> int:
-    """Serve with the settings of the environment and `.env`. Gives the exit status."""
+def run(*, drain: bool = False) -> int:
+    """Serve with the settings of the environment and `.env`; `drain` is the option. Gives the exit status."""
+    option = {"MANAGEMENT_API_DRAIN": "true"} if drain else {}
     try:
-        settings = load(os.environ, Path(".env"))
+        settings = load({**os.environ, **option}, Path(".env"))
     except SettingsError as error:
         return complain(str(error))
     from management_api.app import create_app
@@ -52,7 +56,7 @@ def run() -> int:
         with bind(settings.api.host, settings.api.port) as listener:
             app = create_app(settings, logs=logs)
             uvloop.run(serve(app, listener, asyncio.Event()))
-    except* (CannotStart, ManagerError) as group:  # the framework starts the managers in a task group
+    except* (CannotStart, KeysError, ManagerError) as group:  # the framework starts the managers in a task group
         status = complain(reason(group))
     return status
 
@@ -90,6 +94,7 @@ class Server(uvicorn.Server):
         ready: Callable[[], object],
     ) -> None:
         self._seconds = app.base.settings.api.shutdown_seconds
+        self._drain = app.base.settings.api.drain
         super().__init__(
             uvicorn.Config(
                 app,
@@ -106,11 +111,11 @@ class Server(uvicorn.Server):
                 proxy_headers=False,
                 server_header=False,
                 timeout_keep_alive=65,
-                timeout_graceful_shutdown=max(0.0, self._seconds - _LAST_SECONDS),  # type: ignore[arg-type]  # any number will do
             )
         )
         self._app, self._listener, self._stop, self._ready = app, listener, stop, ready
-        self._deadline: asyncio.TimerHandle | None = None
+        self._stop_at: float | None = None  # by the loop's clock
+        self._last_resort: asyncio.TimerHandle | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
@@ -125,21 +130,55 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Every 0.1 s: whether to end."""
-        return await super().on_tick(counter) or self._stop.is_set()
+        if await super().on_tick(counter):
+            return True
+        if not self._stop.is_set():
+            return False
+        if self._drain and self._stop_at is None:
+            self._stop_at = self._begin_to_stop()
+            for services in self._app.running:
+                services.workflows.drain(leaving=False)
+            log.info("draining", busy_backends=self._busy(), seconds=self._seconds)
+        return not self._drain or self._drained()
+
+    def _drained(self) -> bool:
+        """Whether no workflow runs any more, or there is no time to wait for it. Until then all doors are open."""
+        busy = self._busy()
+        if busy and self._left() > min(_CLOSING_SECONDS, self._seconds / 2):
+            return False
+        if busy:
+            log.warning("the time for draining is over", busy_backends=busy)
+        return True
+
+    def _busy(self) -> int:
+        """In how many ComfyUIs something of ours still is."""
+        return sum(one.busy for services in self._app.running for one in services.workflows.dispatchers)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """First the doors: new work is refused, streams end with 1001. Then the sockets."""
+        if self._stop_at is None:
+            self._stop_at = self._begin_to_stop()
         log.info("stopping")
-        self._deadline = asyncio.get_running_loop().call_later(max(self._seconds, _LAST_SECONDS), _end)
         for services in self._app.running:
             await services.close_doors()
+        self.config.timeout_graceful_shutdown = max(0.0, self._left() - _LAST_SECONDS)  # type: ignore[assignment]  # any number will do
         await super().shutdown(sockets)
 
     def stopped(self) -> None:
         """The managers have stopped too."""
-        if self._deadline is not None:
-            self._deadline.cancel()
+        if self._last_resort is not None:
+            self._last_resort.cancel()
         log.info("stopped")
+
+    def _begin_to_stop(self) -> float:
+        """The time for stopping begins; when it will be over."""
+        loop = asyncio.get_running_loop()
+        self._last_resort = loop.call_later(max(self._seconds, _LAST_SECONDS), _end)
+        return loop.time() + self._seconds
+
+    def _left(self) -> float:
+        """Of the time for stopping, in seconds."""
+        return 0.0 if self._stop_at is None else self._stop_at - asyncio.get_running_loop().time()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -24,8 +24,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preview", action="store_true", help="the sampler sends previews")
     parser.add_argument("--comfyui-version", default="0.3.64", metavar="V", help="what /system_stats says")
     parser.add_argument("--no-models", action="store_true", help="show no made-up model in empty model folders")
+    parser.add_argument("--without", action="append", default=[], metavar="CLASS", help="a node class it lacks")
     parser.add_argument("--step-seconds", type=float, default=0.05, help="time of one sampler step")
     parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ledger", type=Path, metavar="FILE", help=argparse.SUPPRESS)
 
 
 def options(given: argparse.Namespace) -> SimulatorOptions:
@@ -38,12 +40,15 @@ def options(given: argparse.Namespace) -> SimulatorOptions:
         version=given.comfyui_version,
         pretend_models=not given.no_models,
         step_seconds=given.step_seconds,
+        without=tuple(given.without),
         faults=given.faults,
+        ledger=given.ledger,
     )
 
 
 def run(chosen: SimulatorOptions) -> int:
     """Serve until a signal ends the process. Gives the exit status when it could not start."""
+    from management_api.simulator.object_info import leave_out
     from management_api.simulator.server import serve
 
     def interrupted(_number: int, _frame: object) -> None:
@@ -54,6 +59,7 @@ def run(chosen: SimulatorOptions) -> int:
         sys.stdout.write(f"simulator: {url}\n")
         sys.stdout.flush()
 
+    leave_out(chosen.without)
     signal.signal(signal.SIGINT, interrupted)
     try:
         uvloop.run(serve(chosen, ready))

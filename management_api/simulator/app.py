@@ -31,6 +31,7 @@ from management_api.simulator.http import (
     as_text,
     respond,
 )
+from management_api.simulator.ledger import Ledger
 from management_api.simulator.node import Interrupt
 from management_api.simulator.options import SimulatorOptions
 from management_api.simulator.queue import PromptQueue
@@ -51,9 +52,10 @@ class Simulator:
         self.folders = Folders(options.directory, pretend_models=options.pretend_models)
         self.features = {"supports_preview_metadata": True, "max_upload_size": options.max_upload_bytes}
         self.hub = Hub(self.features)
-        self.queue = PromptQueue(self._changed)
+        self.ledger = Ledger(options.ledger)
+        self.queue = PromptQueue(self._changed, self.ledger)
         self.interrupt = Interrupt()
-        self.executor = Executor(self.hub, self.folders, options, self.interrupt)
+        self.executor = Executor(self.hub, self.folders, options, self.interrupt, self.ledger)
         self.faults = Faults(self.hub, self.queue)
         self._routes: dict[tuple[str, str], Handler] = {
             ("GET", "/prompt"): self._get_prompt,
@@ -84,7 +86,8 @@ class Simulator:
         if not _origin_allowed(scope):
             await self._refuse(scope, receive, send)
         elif scope["type"] == "websocket":
-            await self.hub.serve(scope["query_string"], receive, send, self._status)
+            watched = self.ledger.witnessed(send, scope["query_string"])
+            await self.hub.serve(scope["query_string"], receive, watched, self._status)
         else:
             request = Request(scope, receive, self.options.max_upload_bytes)
             try:
@@ -94,6 +97,7 @@ class Simulator:
                 await receive()  # until the connection is really gone
                 return
             await respond(send, reply, head=request.method == "HEAD")
+            self.ledger.answered(request.path, reply.body)
 
     async def work(self) -> None:
         """The worker: one prompt after the other. Dies of what the real one dies of, and stays dead."""
@@ -204,6 +208,8 @@ class Simulator:
             body = {}  # an unparsable body is a global interrupt
         prompt_id = body.get("prompt_id")
         if not prompt_id or any(item[1] == prompt_id for item in self.queue.running()):
+            for item in self.queue.running():
+                self.ledger.note("interrupted", item[1], item[3])
             self.interrupt.up = True
         return Reply()
 

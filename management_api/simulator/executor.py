@@ -13,6 +13,7 @@ import msgspec
 
 from management_api.simulator.folders import Folders
 from management_api.simulator.graph import DependencyCycle, Plan, link, signatures
+from management_api.simulator.ledger import Ledger
 from management_api.simulator.node import (
     REGISTRY,
     Blocked,
@@ -52,7 +53,10 @@ class _Failed(Exception):
 class Executor:
     """Executes prompts one after the other and remembers the outputs of the last one."""
 
-    def __init__(self, hub: Hub, folders: Folders, options: SimulatorOptions, interrupt: Interrupt) -> None:
+    def __init__(
+        self, hub: Hub, folders: Folders, options: SimulatorOptions, interrupt: Interrupt, ledger: Ledger
+    ) -> None:
+        self.ledger = ledger
         self.hub = hub
         self.folders = folders
         self.options = options
@@ -287,6 +291,7 @@ class _Run:
 
     def _message(self, kind: str, data: dict[str, Any], *, broadcast: bool = False) -> None:
         data = data | {"timestamp": time.time_ns() // 1_000_000}
+        self.executor.ledger.message(kind, self.prompt_id, self.extra_data)
         self.messages.append((kind, data))
         if self.client_id is not None or broadcast:
             self.hub.send(kind, data, self.client_id)

@@ -3,6 +3,7 @@
 The lists of input files and models are filled in when asked. Nothing here runs a node.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ def _classes() -> dict[str, dict[str, Any]]:
     return msgspec.json.decode(
         (Path(__file__).parent / "object_info.json").read_bytes(), type=dict[str, dict[str, Any]]
     )
+
+
+def leave_out(class_types: Iterable[str]) -> None:
+    """From now on this process knows nothing of these classes, as a ComfyUI without some custom nodes."""
+    for class_type in class_types:
+        del _classes()[class_type]
 
 
 def known(class_type: object) -> bool:

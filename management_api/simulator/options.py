@@ -21,5 +21,9 @@ class SimulatorOptions(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float = 0.05
     """How long one step of the pretended sampler takes."""
     max_upload_bytes: int = 100 * 1024 * 1024
+    without: tuple[str, ...] = ()
+    """Node classes it does not have, as a ComfyUI without some custom nodes."""
     faults: bool = False
     """Whether `POST /_faults` exists (tests only)."""
+    ledger: Path | None = None
+    """A file that gets a line for everything it really did (see `ledger`; tests only)."""

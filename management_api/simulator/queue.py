@@ -9,6 +9,8 @@ import heapq
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
+from management_api.simulator.ledger import Ledger
+
 Graph = dict[str, Any]
 """A prompt as it came in: JSON of anybody's making, so nothing about it is promised."""
 Item = tuple[float, str, Graph, dict[str, Any], list[str]]
@@ -20,8 +22,9 @@ HISTORY_LIMIT: Final = 10_000
 class PromptQueue:
     """Pending heap, running prompts, history. `changed` is called at each put, start, end, delete and clear."""
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], ledger: Ledger) -> None:
         self._changed = changed
+        self._ledger = ledger
         self._heap: list[Item] = []
         self._running: dict[int, Item] = {}
         self._history: dict[str, dict[str, Any]] = {}
@@ -34,6 +37,7 @@ class PromptQueue:
 
     def put(self, item: Item) -> None:
         """Queue a prompt. TypeError when an equal (number, prompt_id) waits; the entry stays queued all the same."""
+        self._ledger.note("taken", item[1], item[3])
         heapq.heappush(self._heap, item)
         self._changed()
         self._wake.set()
@@ -46,6 +50,7 @@ class PromptQueue:
         if not self._heap:
             return None
         item = heapq.heappop(self._heap)
+        self._ledger.note("begun", item[1], item[3])
         self._task_id += 1
         self._running[self._task_id] = item
         self._changed()
@@ -84,6 +89,8 @@ class PromptQueue:
 
     def clear(self) -> None:
         """Drop all that wait."""
+        for item in self._heap:
+            self._ledger.note("deleted", item[1], item[3])
         self._heap.clear()
         self._changed()
 
@@ -91,6 +98,7 @@ class PromptQueue:
         """Drop the first waiting prompt of this id; others are silently ignored."""
         for index, item in enumerate(self._heap):
             if item[1] == prompt_id:
+                self._ledger.note("deleted", item[1], item[3])
                 del self._heap[index]
                 heapq.heapify(self._heap)
                 self._changed()
