@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup demo serve test test-all check format bench clean
+.PHONY: help setup demo serve test test-all check format definitions bench chaos soak clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +39,17 @@ format: $(STAMP) ## let ruff write the format
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
 
+definitions: $(STAMP) ## write docs/events.d.ts and docs/asyncapi.yaml from the stream's types
+	@$(BIN)/python -m management_api.definitions
+
 bench: $(STAMP) ## the measurements of docs/performance.md
 	@$(BIN)/python -m benchmarks
+
+chaos: $(STAMP) ## kill -9 of the service and of ComfyUI: N=200 kills, SEED=1
+	@$(BIN)/python -m tests.chaos --kills $(or $(N),200) --seed $(or $(SEED),1)
+
+soak: $(STAMP) ## a light load for MINUTES=10: memory, file descriptors, threads stay flat
+	@$(BIN)/python -m tests.soak --minutes $(or $(MINUTES),10)
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -60,6 +60,10 @@ class QueueFull(Unavailable):
     """As many workflows wait as the configuration allows."""
 
 
+class ShareFull(Unavailable):
+    """As many workflows of this caller wait as it may have waiting."""
+
+
 class Draining(Unavailable):
     """The service is about to stop and takes no new work."""
 

@@ -5,17 +5,18 @@ Must never be called to count: it listens to the hub, and reads snapshots when i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from prometheus_client import CollectorRegistry
 
 from managers.clock import Clock
 from managers.events.hub import Hub
+from managers.gpu import GpuManager
+from managers.system import DiskWatch
 from managers.workflows.manager import WorkflowManager
 from managers.workflows.model import ANY_BACKEND
+from metrics.disks import DiskMetrics
 from metrics.gpus import GpuMetrics
 from metrics.snapshots import Snapshots
-from metrics.tasks import TaskMetrics
+from metrics.tasks import TaskMetrics, Tasks
 from metrics.workflows import WorkflowMetrics
 
 
@@ -28,23 +29,33 @@ class HouseMetrics:
         *,
         workflows: WorkflowManager,
         hub: Hub,
+        gpus: GpuManager,
         clock: Clock,
-        active_tasks: Callable[[], int],
+        tasks: Tasks,
+        disks: DiskWatch,
     ) -> None:
         self._registry = registry
         counted = WorkflowMetrics((ANY_BACKEND, *(dispatcher.name for dispatcher in workflows.dispatchers)))
+        counted_tasks = TaskMetrics(tasks)
+        cards = GpuMetrics(gpus)
         self._collectors = (
             counted,
             Snapshots(workflows, hub, clock),
-            GpuMetrics(),
-            TaskMetrics(active_tasks),
+            cards,
+            counted_tasks,
+            DiskMetrics(disks),
         )
         for collector in self._collectors:
             registry.register(collector)
-        self._stop_listening = hub.listen(counted.hear)
+        self._stop_listening = (
+            hub.listen(counted.hear),
+            hub.listen(cards.hear),
+            tasks.listen(counted_tasks.hear),
+        )
 
     def close(self) -> None:
         """Hear no more and leave the registry as it was."""
-        self._stop_listening()
+        for stop in self._stop_listening:
+            stop()
         for collector in self._collectors:
             self._registry.unregister(collector)

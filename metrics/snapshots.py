@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 from managers.clock import Clock
+from managers.comfyui.watchdog import StallReason
 from managers.events.hub import Hub
 from managers.workflows.manager import WorkflowManager
 
@@ -52,8 +53,29 @@ class Snapshots:
         busy = GaugeMetricFamily(
             "comfyui_backend_busy", "1 while a workflow of ours is in this ComfyUI.", labels=("backend",)
         )
+        stalled = GaugeMetricFamily(
+            "comfyui_backend_stalled",
+            "1 while ComfyUI's worker is proven not to work, until a probe has run.",
+            labels=("backend",),
+        )
+        stalls = CounterMetricFamily(
+            "comfyui_backend_stalls", "How often that was proven, and how.", labels=("backend", "reason")
+        )
+        silent = GaugeMetricFamily(
+            "comfyui_backend_silent_seconds",
+            "Time since the last word about the running prompt.",
+            labels=("backend",),
+        )
         for dispatcher in self._workflows.dispatchers:
-            up.add_metric((dispatcher.name,), float(dispatcher.backend.up))
-            busy.add_metric((dispatcher.name,), float(dispatcher.busy))
+            backend, name = dispatcher.backend, dispatcher.name
+            up.add_metric((name,), float(backend.up))
+            busy.add_metric((name,), float(dispatcher.busy))
+            stalled.add_metric((name,), float(backend.watchdog.stall is not None))
+            silent.add_metric((name,), backend.silent_seconds)
+            for reason in StallReason:
+                stalls.add_metric((name, reason.value), backend.watchdog.stalls[reason])
         yield up
         yield busy
+        yield stalled
+        yield stalls
+        yield silent

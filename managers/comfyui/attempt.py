@@ -7,32 +7,28 @@ When the task is cancelled the prompt is left to ComfyUI: the attempt stays open
 from __future__ import annotations
 
 import asyncio
-from enum import StrEnum
-from typing import Protocol
-from urllib.parse import quote, urlencode
 
-import msgspec
 import structlog
-from msgspec import Struct
 
-from managers.comfyui.backend import Backend, Inbox, Location, Place, Signal, output_url
+from managers.comfyui.backend import Backend, Inbox, Location, Place, Signal
 from managers.comfyui.client import Rejected, Unanswered
-from managers.comfyui.outputs import outputs_of
+from managers.comfyui.measuring import Measuring, with_folder_url, with_run_url
 from managers.comfyui.protocol import (
     End,
     Executed,
     Executing,
-    ExecutionError,
     ExecutionStart,
     HistoryEntry,
     Message,
     PreviewFrame,
     end_of,
 )
-from managers.comfyui.rejection import findings_from_rejection, scrub
-from managers.comfyui.tracker import GraphNode, Tracker
+from managers.comfyui.rejection import scrub
+from managers.comfyui.tracker import Tracker
+from managers.comfyui.verdicts import Job, Result, Sink, Verdict, concluded, late, outputs_in, preview, refused
+from managers.comfyui.watchdog import StallReason
 from managers.errors import BackendUnavailable
-from managers.events.types import ErrorType, Event, Finding, LiveEvent, NodeCounts, Output, Preview
+from managers.events.types import Event, Output
 
 log = structlog.get_logger(__name__)
 
@@ -40,67 +36,7 @@ _DEAF_AFTER_SECONDS = 2.0
 _LOOK_AFTER_SECONDS = 20.0
 _LOST_AFTER_SECONDS, _LOST_AFTER_SECONDS_REMOTE = 1.0, 5.0
 _REMOVE_EVERY_SECONDS = 0.5
-
-
-class Job(Struct, frozen=True, kw_only=True):
-    """One attempt. `posted`: it was found open, so it may be there already. `start_time` is epoch ms, if it ran."""
-
-    workflow_id: str
-    prompt_id: str
-    graph: bytes
-    extra_data: bytes | None
-    nodes: dict[str, GraphNode]
-    timeout_seconds: float
-    posted: bool = False
-    start_time: int | None = None
-
-
-class Result(StrEnum):
-    """How an attempt came out. GONE: it was cancelled and ComfyUI has let go of it."""
-
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    LOST = "lost"
-    WITHDRAWN = "withdrawn"
-    GONE = "gone"
-
-
-class Verdict(Struct, frozen=True, kw_only=True):
-    """The end of an attempt. Times are epoch ms."""
-
-    result: Result
-    start_time: int | None = None
-    end_time: int | None = None
-    outputs: tuple[Output, ...] = ()
-    outputs_reused: bool = False
-    nodes: NodeCounts | None = None
-    progress: int | None = None
-    error: str | None = None
-    error_type: ErrorType | None = None
-    errors: tuple[Finding, ...] = ()
-    node_id: str | None = None
-    node_type: str | None = None
-
-
-class Sink(Protocol):
-    """Who listens to an attempt. Called on the loop, in order; must not block."""
-
-    def started(self, start_time: int) -> None:
-        """ComfyUI executes it since `start_time` (epoch ms)."""
-        ...
-
-    def ended(self) -> None:
-        """ComfyUI executes it no more; the verdict follows."""
-        ...
-
-    def produced(self, node_id: str, outputs: tuple[Output, ...]) -> None:
-        """A node has written outputs."""
-        ...
-
-    def publish(self, event: LiveEvent) -> None:
-        """Progress, node events, previews."""
-        ...
+_TOLERANCE_SECONDS = 0.01  # a timer may wake us a little early
 
 
 class AttemptRun:
@@ -117,7 +53,11 @@ class AttemptRun:
         self._start_time = job.start_time
         self._deadline: float | None = None
         self._signals: set[Signal] = set()
-        self._measuring: list[asyncio.Task[tuple[Output, ...]]] = []
+        self._given_up: Verdict | None = None
+        self._leash = asyncio.timeout(None)
+        self._following = False
+        self._silence_told = False
+        self._measuring = Measuring(backend.measure)
 
     def tell(self, signal: Signal) -> None:
         """WITHDRAW: take it back if it has not started. CANCEL: take it away in any case."""
@@ -125,13 +65,25 @@ class AttemptRun:
         if self._inbox is not None:
             self._inbox.put_nowait(signal)
 
+    def give_up(self, verdict: Verdict) -> None:
+        """Nobody waits for this ComfyUI any more: `run` comes back with this, whatever it is waiting for."""
+        if self._following and self._given_up is None:
+            self._given_up = verdict
+            self._leash.reschedule(0)
+
     async def run(self) -> Verdict:
-        """Post it, or follow what was posted, until ComfyUI has ended it or let go of it."""
+        """Post it, or follow what was posted, until ComfyUI has ended it or let go of it, or it was given up."""
         try:
-            return await self._follow()
+            async with self._leash:
+                self._following = True
+                return await self._follow()
+        except TimeoutError:
+            if self._given_up is None or not self._leash.expired():
+                raise
+            return self._given_up
         finally:
-            for measuring in self._measuring:
-                measuring.cancel()
+            self._following = False
+            self._measuring.cancel()
 
     async def _follow(self) -> Verdict:
         with self._backend.inbox(self.job.prompt_id, self.job.workflow_id) as self._inbox:
@@ -153,11 +105,13 @@ class AttemptRun:
                     self._preview(item)
                 elif item is Signal.UP:
                     verdict = await self._look()
-                elif item is None and deaf_at is not None:
+                elif item is Signal.STALLED:
+                    verdict = await (self._look() if self.started else self._withdraw())
+                elif deaf_at is not None and deaf_at <= self._backend.clock.monotonic() + _TOLERANCE_SECONDS:
                     deaf_at = None
                     await self._backend.reconnect()
-                elif item is None:
-                    verdict = await (self._time_out() if self._overdue() else self._look())
+                elif item is None:  # signals are heard by `_commanded`
+                    verdict = await self._look_after()
             return verdict
 
     # ---- what comes in
@@ -165,15 +119,42 @@ class AttemptRun:
     async def _next(self, deaf_at: float | None) -> object:
         """The next frame or signal; None when it was time to look after the prompt instead."""
         assert self._inbox is not None  # noqa: S101  # only called inside `run`
-        now = self._backend.clock.monotonic()
-        until = min(at for at in (now + _LOOK_AFTER_SECONDS, self._deadline, deaf_at) if at is not None)
         if not self._inbox.empty():
             return self._inbox.get_nowait()
+        now = self._backend.clock.monotonic()
+        times = (now + self._patience(), self._deadline, deaf_at)
+        until = min(at for at in times if at is not None)
         try:
             async with asyncio.timeout(max(until - now, 0)):
                 return await self._inbox.get()
         except TimeoutError:
             return None
+
+    def _patience(self) -> float:
+        """Seconds until the next look at a prompt of which nothing is heard."""
+        watchdog = self._backend.watchdog
+        if Signal.WITHDRAW in self._signals:
+            return _REMOVE_EVERY_SECONDS
+        if not self.started:
+            return watchdog.config.doubt if watchdog.doubtful() else _LOOK_AFTER_SECONDS
+        if self._silence_told or not watchdog.config.stall:
+            return _LOOK_AFTER_SECONDS
+        return min(_LOOK_AFTER_SECONDS, max(0.0, watchdog.config.stall - self._backend.silent_seconds))
+
+    async def _look_after(self) -> Verdict | None:
+        """Nothing was heard for a while."""
+        if self._overdue():
+            return await self._stop(f"The workflow ran longer than its time limit of {self.job.timeout_seconds:g} s")
+        verdict = await self._look()
+        watchdog = self._backend.watchdog
+        if verdict is None and not self._silence_told and watchdog.silent(self._backend.clock.monotonic()):
+            self._silence_told = True
+            words = f"ComfyUI has said nothing about the workflow it runs for {watchdog.config.stall:g} s"
+            if watchdog.config.stall_interrupt:
+                self._backend.tell_silence(f"{words}; the workflow is stopped")
+                return await self._stop(f"{words}, and was told to stop then (COMFYUI_STALL_INTERRUPT)")
+            self._backend.tell_silence(f"{words}; it is trusted still")
+        return verdict
 
     async def _hear(self, message: Message) -> Verdict | None:
         body = message.body
@@ -186,6 +167,7 @@ class AttemptRun:
         return None
 
     def _feed(self, message: Message) -> None:
+        self._silence_told = False
         now = self._backend.clock.now_ms()
         events: list[Event] = self._tracker.feed(message.body, now)
         if isinstance(message.body, ExecutionStart):
@@ -195,17 +177,10 @@ class AttemptRun:
         if isinstance(message.body, Executed):
             for node_id, outputs in self._tracker.evidence.outputs.items():
                 if node_id in (message.body.node, message.body.display_node):
-                    self._sink.produced(node_id, tuple(self._with_folder_url(output) for output in outputs))
-                    # Its files are there now: by the time of the verdict this is done.
-                    self._measuring.append(asyncio.create_task(self._backend.measure(outputs)))
-
-    def _with_folder_url(self, output: Output) -> Output:
-        """Before the verdict an output has no number in the run yet: it is named by its folder and backend."""
-        if output.filename is None:
-            return output
-        path = f"{output.subfolder}/{output.filename}" if output.subfolder else output.filename
-        query = urlencode({"backend": self._backend.name, "type": output.type or "output"})
-        return msgspec.structs.replace(output, url=f"/v1/comfyui/output/{quote(path)}?{query}")
+                    self._sink.produced(
+                        node_id, tuple(with_folder_url(output, self._backend.name) for output in outputs)
+                    )
+                    self._measuring.begin(outputs)
 
     def _start(self, start_time: int) -> None:
         if not self.started:
@@ -223,17 +198,8 @@ class AttemptRun:
         return self._deadline is not None and self._backend.clock.monotonic() >= self._deadline
 
     def _preview(self, frame: PreviewFrame) -> None:
-        self._sink.publish(
-            Preview(
-                timestamp=self._backend.clock.now_ms(),
-                workflow_id=self.job.workflow_id,
-                prompt_id=self.job.prompt_id,
-                node_id=frame.node_id,
-                display_node_id=frame.display_node_id or frame.node_id,
-                mime=frame.mime,
-                image=frame.image,
-            )
-        )
+        self._silence_told = False
+        self._sink.publish(preview(self.job, frame, self._backend.clock.now_ms()))
 
     # ---- what goes out
 
@@ -241,6 +207,8 @@ class AttemptRun:
         job = self.job
         if Signal.CANCEL in self._signals:
             return Verdict(result=Result.GONE)
+        if Signal.WITHDRAW in self._signals:
+            return Verdict(result=Result.WITHDRAWN)
         try:
             answer = await self._backend.client.post_prompt(
                 prompt_id=job.prompt_id,
@@ -254,10 +222,10 @@ class AttemptRun:
         except Unanswered as error:
             log.warning("POST /prompt without an answer", prompt_id=job.prompt_id, reason=str(error))
             return await self._look_until_answered()
+        now = self._backend.clock.now_ms()
         if isinstance(answer, Rejected):
-            findings = tuple(findings_from_rejection(answer.body))
-            text = "; ".join(dict.fromkeys(finding.message for finding in findings)) or scrub(answer.text)
-            return self._refused(f"ComfyUI refused the workflow: {text or answer.status}", findings)
+            otherwise = scrub(answer.text) or str(answer.status)
+            return refused(answer.body, said="ComfyUI refused the workflow", otherwise=otherwise, now=now)
         if answer.prompt_id != job.prompt_id:
             await self._backend.client.delete_pending(answer.prompt_id)
             return Verdict(
@@ -268,55 +236,58 @@ class AttemptRun:
         if answer.node_errors:
             # ComfyUI would run the good outputs only: half a result is no result (CONTRACT 4).
             await self._remove()
-            findings = tuple(findings_from_rejection({"error": None, "node_errors": answer.node_errors}))
-            text = "; ".join(dict.fromkeys(finding.message for finding in findings))
-            return self._refused(f"ComfyUI would run only a part of the workflow: {text}", findings)
+            body = {"error": None, "node_errors": answer.node_errors}
+            return refused(body, said="ComfyUI would run only a part of the workflow", otherwise="", now=now)
         return None
-
-    def _refused(self, error: str, findings: tuple[Finding, ...]) -> Verdict:
-        return Verdict(
-            result=Result.FAILED,
-            end_time=self._backend.clock.now_ms(),
-            error=error,
-            error_type="validation",
-            errors=findings,
-        )
 
     async def _commanded(self) -> Verdict | None:
         if Signal.CANCEL in self._signals:
             await self._remove()
             return Verdict(result=Result.GONE)
         if Signal.WITHDRAW in self._signals:
-            self._signals.discard(Signal.WITHDRAW)
-            if not self.started:
-                return await self._withdraw()
+            return await self._withdraw()
         return None
 
     async def _withdraw(self) -> Verdict | None:
+        self._signals.discard(Signal.WITHDRAW)
+        if self.started:
+            return None
         try:
             await self._backend.client.delete_pending(self.job.prompt_id)
             location = await self._backend.locate(self.job.prompt_id)
         except BackendUnavailable:
+            self._signals.add(Signal.WITHDRAW)  # again, soon
             return None
         if location.place is Place.ABSENT:
             return Verdict(result=Result.WITHDRAWN)
         return await self._judge(location)
 
-    async def _remove(self) -> HistoryEntry | None:
-        """Make ComfyUI let go of the prompt, however long that takes; its history, if it left one."""
+    async def _remove(self) -> Location:
+        """Make ComfyUI let go of the prompt, however long that takes. ENDED or ABSENT then; RUNNING where it is
+        proven that no interrupt will ever move it: the backend is stalled, and others may take its work.
+        """
+        backend, prompt_id = self._backend, self.job.prompt_id
+        interrupted: float | None = None
         while True:
             try:
-                location = await self._backend.locate(self.job.prompt_id)
+                location = await backend.locate(prompt_id)
+                now = backend.clock.monotonic()
                 match location.place:
                     case Place.PENDING:
-                        await self._backend.client.delete_pending(self.job.prompt_id)
+                        await backend.client.delete_pending(prompt_id)
                         continue
+                    case Place.RUNNING if backend.watchdog.unmoved(interrupted, now):
+                        patience = backend.watchdog.config.interrupt
+                        words = f"ComfyUI was told to stop a workflow, and {patience:g} s later nothing has moved"
+                        backend.distrust(StallReason.UNMOVED, words)
+                        return location
                     case Place.RUNNING:
-                        await self._backend.client.interrupt(self.job.prompt_id)
+                        await backend.client.interrupt(prompt_id)
+                        interrupted = now if interrupted is None else interrupted
                     case _:
-                        return location.entry
+                        return location
             except BackendUnavailable as error:
-                log.info("cannot remove the prompt yet", prompt_id=self.job.prompt_id, reason=str(error))
+                log.info("cannot remove the prompt yet", prompt_id=prompt_id, reason=str(error))
             await self._until_let_go()
 
     async def _until_let_go(self) -> None:
@@ -333,21 +304,17 @@ class AttemptRun:
         except TimeoutError:
             return
 
-    async def _time_out(self) -> Verdict:
-        entry = await self._remove()
-        if entry is None:
+    async def _stop(self, words: str) -> Verdict:
+        """It has had its time: it fails as `timeout`, unless it succeeds while it is being removed."""
+        location = await self._remove()
+        if location.place is Place.ABSENT:
             return await self._perhaps_lost() or self._lost()  # an interrupt leaves a history: this was no interrupt
-        if end_of(entry).verdict == "success":
-            return await self._ended(entry)
-        return Verdict(
-            result=Result.FAILED,
-            start_time=self._start_time,
-            end_time=self._backend.clock.now_ms(),
-            nodes=self._tracker.counts(),
-            progress=self._tracker.percent,
-            error=f"The workflow ran longer than its time limit of {self.job.timeout_seconds:g} s",
-            error_type="timeout",
-        )
+        if location.entry is not None and end_of(location.entry).verdict == "success":
+            return await self._ended(location.entry)
+        if location.place is Place.RUNNING:
+            words = f"{words}, and ComfyUI does not stop it"
+        now = self._backend.clock.now_ms()
+        return late(self._tracker, words, start_time=self._start_time, now=now)
 
     # ---- the truth
 
@@ -394,11 +361,15 @@ class AttemptRun:
             return await self._from_evidence() or self._lost()
 
     def _lost(self) -> Verdict:
+        died = self._backend.watchdog.died_of(self.job.prompt_id)
         return Verdict(
             result=Result.LOST,
             start_time=self._start_time,
-            error="ComfyUI no longer knows the prompt: it was restarted, or its queue was cleared",
+            error="ComfyUI died while it ran this"
+            if died
+            else "ComfyUI no longer knows the prompt: it was restarted, or its queue was cleared",
             error_type="lost",
+            died=died,
         )
 
     async def _read_end(self) -> Verdict | None:
@@ -410,13 +381,7 @@ class AttemptRun:
         return await self._ended(entry) if entry is not None else await self._look()
 
     async def _ended(self, entry: HistoryEntry) -> Verdict:
-        outputs = [
-            output
-            for node_id, node_output in entry.outputs.items()
-            if node_id.split(".", 1)[0] in self.job.nodes  # 0.3.64 may list what other prompts left in its cache
-            for output in outputs_of(node_id, node_output)
-        ]
-        return await self._conclude(end_of(entry), outputs)
+        return await self._conclude(end_of(entry), outputs_in(self.job, entry))
 
     async def _from_evidence(self) -> Verdict | None:
         """ComfyUI died, or forgot, after the socket had shown the end: what was seen counts (DESIGN 2)."""
@@ -427,84 +392,7 @@ class AttemptRun:
         return await self._conclude(End(seen.verdict, seen.started, seen.ended, (), seen.error), outputs)
 
     async def _conclude(self, end: End, found: list[Output]) -> Verdict:
-        job, clock = self.job, self._backend.clock
-        outputs = await self._measured(found)
-        outputs = tuple(
-            msgspec.structs.replace(output, url=output_url(job.workflow_id, n)) if output.filename else output
-            for n, output in enumerate(outputs)
-        )
-        files = [output for output in outputs if output.filename is not None]
-        errors = [_blocked(error) for error in self._tracker.evidence.blocked]
-        errors += [_missing(output) for output in files if output.size is None]
-        total = len(job.nodes)
-        cached = sum(node_id in end.cached for node_id in job.nodes)
-        succeeded = end.verdict == "success"
-        verdict = Verdict(
-            result=Result.COMPLETED,
-            start_time=end.start_time or self._start_time,
-            end_time=end.end_time or clock.now_ms(),
-            outputs=outputs,
-            outputs_reused=bool(files) and all(output.node_id in end.cached for output in files),
-            nodes=NodeCounts(total=total, done=total, cached=cached) if succeeded else self._tracker.counts(),
-            progress=100 if succeeded else self._tracker.percent,
-            errors=tuple(errors),
-        )
-        if succeeded:
-            return verdict
-        if end.verdict == "interrupted":
-            return msgspec.structs.replace(
-                verdict, result=Result.CANCELLED, error="It was interrupted in ComfyUI by somebody else"
-            )
-        error = end.error or ExecutionError(job.prompt_id, exception_message="ComfyUI says error without a reason")
-        text = scrub(error.exception_message).strip() or scrub(error.exception_type) or "A node failed"
-        return msgspec.structs.replace(
-            verdict,
-            result=Result.FAILED,
-            error=f"{self._node_words(error)}{text}",
-            error_type="oom" if is_out_of_memory(error) else "node",
-            node_id=error.node_id or None,
-            node_type=error.node_type or None,
-        )
-
-    async def _measured(self, found: list[Output]) -> tuple[Output, ...]:
-        """With size and etag: known since ComfyUI named the file, or asked for now."""
-        known = {_file(output): output for measuring in self._measuring for output in await measuring if output.etag}
-        outputs = [
-            msgspec.structs.replace(output, size=same.size, etag=same.etag) if same is not None else output
-            for output, same in ((output, known.get(_file(output))) for output in found)
-        ]
-        if any(output.filename and output.size is None for output in outputs):
-            return await self._backend.measure(found)
-        return tuple(outputs)
-
-    def _node_words(self, error: ExecutionError) -> str:
-        node = self.job.nodes.get(error.node_id)
-        return f"{node.name} (node {error.node_id}): " if node else ""
-
-
-def _file(output: Output) -> tuple[str | None, ...]:
-    return output.node_id, output.type, output.subfolder, output.filename
-
-
-def is_out_of_memory(error: ExecutionError) -> bool:
-    """By class or by text: a plain RuntimeError has only the text (PROTOCOL §5)."""
-    return "OutOfMemory" in error.exception_type or "out of memory" in error.exception_message.lower()
-
-
-def _blocked(error: ExecutionError) -> Finding:
-    return Finding(
-        code="execution_blocked",
-        message=scrub(error.exception_message).strip() or "A node blocked this branch",
-        severity="warning",
-        node_id=error.node_id or None,
-        class_type=error.node_type or None,
-    )
-
-
-def _missing(output: Output) -> Finding:
-    return Finding(
-        code="output_missing",
-        message=f"ComfyUI names {output.filename}, which is not in its folder (a cached run does not write it anew)",
-        severity="warning",
-        node_id=output.node_id,
-    )
+        measured = await self._measuring.done(found)
+        outputs = tuple(with_run_url(output, self.job.workflow_id, n) for n, output in enumerate(measured))
+        now = self._backend.clock.now_ms()
+        return concluded(self.job, self._tracker, end, outputs, start_time=self._start_time, now=now)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from managers.clock import Clock
 from managers.comfyui.client import ComfyUIClient
+from managers.comfyui.measuring import measure
 from managers.comfyui.protocol import (
     Executing,
     ExecutionError,
@@ -31,10 +32,18 @@ from managers.comfyui.protocol import (
     TextFrame,
 )
 from managers.comfyui.rejection import scrub
-from managers.comfyui.remote_file import describe_remote
 from managers.comfyui.socket import ComfyUISocket, Frame
-from managers.errors import BackendUnavailable, NotFound
-from managers.events.types import ComfyUIMessage, LiveEvent, Output
+from managers.comfyui.watchdog import Stall, StallReason, WatchConfig, Watchdog
+from managers.errors import BackendUnavailable
+from managers.events.types import (
+    BackendConnected,
+    BackendDisconnected,
+    BackendStalled,
+    ComfyUIMessage,
+    LiveEvent,
+    Output,
+    StoredEvent,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -49,10 +58,11 @@ class BackendConfig(Struct, frozen=True, kw_only=True):
     name: str
     url: str
     outputs: Path | None = None
+    watch: WatchConfig = WatchConfig()
 
 
 class BackendState(StrEnum):
-    """What can be said of a ComfyUI."""
+    """What can be said of a ComfyUI. STALLED: it answers, and its worker is proven not to work."""
 
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"
@@ -80,6 +90,7 @@ class Signal(StrEnum):
 
     UP = "up"
     DOWN = "down"
+    STALLED = "stalled"
     WITHDRAW = "withdraw"
     CANCEL = "cancel"
 
@@ -97,16 +108,18 @@ class Backend:
         *,
         clock: Clock,
         publish: Callable[[LiveEvent], None],
-        on_change: Callable[[Backend, str | None], None],
+        on_event: Callable[[StoredEvent], None],
     ) -> None:
-        """`publish` hears ComfyUI's own messages; `on_change` hears every change of `state`, with a reason."""
+        """`publish` hears ComfyUI's own messages; `on_event` what is to be kept: changes of `state`, silences."""
         self.config = config
         self.name = config.name
         self.client_id = client_id
         self.client = ComfyUIClient(config.url)
         self.clock = clock
         self.publish = publish
-        self.state = BackendState.DISCONNECTED
+        self.watchdog = Watchdog(config.watch)
+        self.drained = False
+        """Its operator may restart it at will: no workflow is charged with that."""
         self.version = "unknown"
         self.queue_remaining: int | None = None
         self.frames = 0
@@ -114,14 +127,22 @@ class Backend:
         self.ghosts = 0
         self.workflow_of: dict[str, str] = {}
         self.remote = (urlsplit(config.url).hostname or "") not in _LOOPBACK
-        self._on_change = on_change
+        self._on_event = on_event
         self._inboxes: dict[str, Inbox] = {}
         self._known: Callable[[], Collection[str]] = tuple
-        self._executing: str | None = None
+        self._swept: set[str] = set()
+        self._excused = False  # until it is up again
         self._up = asyncio.Event()
+        self._stalled = asyncio.Event()
         self._greet = asyncio.Event()
+        self._trouble: str | None = None
         self._socket = ComfyUISocket(
-            config.url, client_id, on_frame=self._frame, on_up=self._came_up, on_down=self._went_down
+            config.url,
+            client_id,
+            on_frame=self._frame,
+            on_up=self._came_up,
+            on_down=self._went_down,
+            on_failed=self._unreachable,
         )
 
     # ---- its life
@@ -141,8 +162,8 @@ class Backend:
                     except BackendUnavailable as error:
                         log.warning("backend did not greet", backend=self.name, reason=str(error))
         finally:
-            self.state = BackendState.DISCONNECTED
             self._up.clear()
+            self.watchdog.broke(charged=False)
 
     async def wait_up(self) -> None:
         """Return when the socket is connected."""
@@ -154,6 +175,29 @@ class Backend:
         return self._up.is_set()
 
     @property
+    def ready(self) -> bool:
+        """It may be given work."""
+        return self.up and self.watchdog.stall is None
+
+    @property
+    def state(self) -> BackendState:
+        """What can be said of it now."""
+        if not self.up:
+            return BackendState.DISCONNECTED
+        return BackendState.CONNECTED if self.ready else BackendState.STALLED
+
+    @property
+    def stalled_since(self) -> int | None:
+        """When its worker was proven not to work (epoch ms); None while it is trusted."""
+        stall = self.watchdog.stall
+        return None if stall is None else stall.since
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing was heard of the prompt of ours that executes; 0 when none does."""
+        return self.watchdog.silence(self.clock.monotonic())
+
+    @property
     def interrupts_by_id(self) -> bool:
         """An interrupt can name its prompt, so that a prefetched neighbour or somebody else's prompt is safe."""
         numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", self.version)
@@ -162,21 +206,57 @@ class Backend:
     async def reconnect(self) -> None:
         """Open a fresh socket: this one seems deaf (PROTOCOL §1.7)."""
         log.warning("socket is silent, reconnecting", backend=self.name)
+        self.excuse_break()
         await self._socket.reconnect()
+
+    # ---- trust
+
+    def excuse_break(self) -> None:
+        """The connection is about to break, or ComfyUI to end, by our own hand: no workflow is charged with that."""
+        self._excused = True
+
+    def distrust(self, reason: StallReason, words: str) -> None:
+        """Its worker is proven not to work: no new work until `trust`."""
+        stall = Stall(reason, words, self.clock.now_ms())
+        if self.watchdog.distrust(stall, charged=not self.drained):
+            log.error("backend is stalled", backend=self.name, reason=words)
+            self._stalled.set()
+            self._on_event(BackendStalled(timestamp=stall.since, backend=self.name, reason=words))
+            self._tell_all(Signal.STALLED)
+
+    def trust(self, reason: str) -> None:
+        """It works again, as `reason` shows."""
+        self.watchdog.trust()
+        self._stalled.clear()
+        log.info("backend is trusted again", backend=self.name, reason=reason)
+        self._on_event(BackendConnected(timestamp=self.clock.now_ms(), backend=self.name, reason=reason))
+
+    async def wait_stalled(self) -> Stall:
+        """Return when it is not to be trusted any more, and why."""
+        while self.watchdog.stall is None:
+            await self._stalled.wait()
+        return self.watchdog.stall
+
+    def tell_silence(self, words: str) -> None:
+        """It is trusted still, but people should know."""
+        log.warning("backend is silent", backend=self.name, reason=words)
+        self._on_event(BackendStalled(timestamp=self.clock.now_ms(), backend=self.name, reason=words, proven=False))
 
     # ---- prompts
 
     @contextmanager
-    def inbox(self, prompt_id: str, workflow_id: str) -> Iterator[Inbox]:
-        """While open, every frame about the prompt arrives here."""
+    def inbox(self, prompt_id: str, workflow_id: str | None = None) -> Iterator[Inbox]:
+        """While open, every frame about the prompt arrives here. A probe belongs to no workflow."""
         box: Inbox = asyncio.Queue()
         self._inboxes[prompt_id] = box
-        self.workflow_of[prompt_id] = workflow_id
+        if workflow_id is not None:
+            self.workflow_of[prompt_id] = workflow_id
         try:
             yield box
         finally:
             del self._inboxes[prompt_id]
-            del self.workflow_of[prompt_id]
+            self.workflow_of.pop(prompt_id, None)
+            self.watchdog.forget(prompt_id)
 
     async def locate(self, prompt_id: str) -> Location:
         """Where the prompt is: the queue first, then the history, which is free of races (PROTOCOL §6).
@@ -184,25 +264,24 @@ class Backend:
         Raises `BackendUnavailable`.
         """
         queue = await self.client.queue()
+        now = self.clock.monotonic()
+        self.watchdog.looked(queue, now)
         await self._sweep(queue)
         if any(item.prompt_id == prompt_id for item in queue.queue_running):
+            if self.up:
+                self.watchdog.runs(prompt_id, now)
             return Location(Place.RUNNING)
         if any(item.prompt_id == prompt_id for item in queue.queue_pending):
+            if self.watchdog.idle_worker(now):
+                self.distrust(StallReason.NOTHING_RUNS, "Prompts wait in ComfyUI and none runs: its worker is dead")
             return Location(Place.PENDING)
         entry = await self.client.history(prompt_id)
+        self.watchdog.left(prompt_id)
         return Location(Place.ENDED, entry) if entry is not None else Location(Place.ABSENT)
 
     async def measure(self, outputs: Sequence[Output]) -> tuple[Output, ...]:
         """The same outputs with size and etag; both stay None for what is not there (any more)."""
-        measured = list(outputs)
-        if self.config.outputs is not None and any(output.filename for output in outputs):
-            measured = await asyncio.to_thread(_measure_local, self.config.outputs, outputs)
-        return tuple(
-            [
-                await self._measure_remote(output) if output.filename and output.size is None else output
-                for output in measured
-            ]
-        )
+        return await measure(self.client, self.config.outputs, outputs)
 
     # ---- inside
 
@@ -217,36 +296,39 @@ class Backend:
             await self.client.delete_pending(*pending)
         for prompt_id in running:
             await self.client.interrupt(prompt_id)
-        if pending or running:
-            self.ghosts += len(pending) + len(running)
-            log.warning("removed prompts without an attempt", backend=self.name, count=len(pending) + len(running))
+        found = {*pending, *running}
+        new, self._swept = found - self._swept, found  # one that does not stop is asked again, and counted once
+        if new:
+            self.ghosts += len(new)
+            log.warning("removed prompts without an attempt", backend=self.name, count=len(new))
 
-    async def _measure_remote(self, output: Output) -> Output:
-        try:
-            found = await describe_remote(
-                self.client,
-                name=output.filename or "",
-                subfolder=output.subfolder or "",
-                folder=output.type or "output",
-            )
-        except (NotFound, BackendUnavailable):
-            return output
-        return msgspec.structs.replace(output, size=found.size, etag=found.etag.strip('"'))
+    def _unreachable(self, reason: str) -> None:
+        """Not one line for each attempt: people know, until the reason is another."""
+        if reason != self._trouble:
+            self._trouble = reason
+            log.warning("backend cannot be reached", backend=self.name, reason=reason)
 
     def _came_up(self) -> None:
-        self.state = BackendState.CONNECTED
+        self._trouble = None
+        log.info("backend is connected", backend=self.name)
         self.connections += 1
+        self._excused = False
         self._up.set()
         self._greet.set()
-        self._on_change(self, None)
+        now = self.clock.now_ms()
+        if self.watchdog.stall is None:
+            self._on_event(BackendConnected(timestamp=now, backend=self.name))
+        else:
+            words = "Connected again; it gets work when a probe prompt has run"
+            self._on_event(BackendStalled(timestamp=now, backend=self.name, reason=words))
         self._tell_all(Signal.UP)
 
     def _went_down(self, reason: str) -> None:
-        self.state = BackendState.DISCONNECTED
         self.queue_remaining = None
-        self._executing = None
+        self.watchdog.broke(charged=not (self.drained or self._excused))
         self._up.clear()
-        self._on_change(self, reason)
+        log.info("backend is gone", backend=self.name, reason=reason)
+        self._on_event(BackendDisconnected(timestamp=self.clock.now_ms(), backend=self.name, reason=reason))
         self._tell_all(Signal.DOWN)
 
     def _tell_all(self, signal: Signal) -> None:
@@ -261,9 +343,12 @@ class Backend:
                 case StatusMessage():
                     self.queue_remaining = frame.body.status.exec_info.queue_remaining
                 case ExecutionStart() | Executing(node=str()) if prompt_id is not None:
-                    self._executing = prompt_id
-                    if prompt_id not in self._inboxes:
+                    if prompt_id in self._inboxes:
+                        self.watchdog.runs(prompt_id, self.clock.monotonic())
+                    else:
                         self._greet.set()  # a POST that came late: sweep
+                case Executing(node=None) if prompt_id is not None:
+                    self.watchdog.left(prompt_id)
                 case _:
                     pass
             self._tell(frame.type, prompt_id, _without_secrets(frame))
@@ -271,10 +356,13 @@ class Backend:
             prompt_id = frame.prompt_id
         else:
             # Type 1 and 3 frames name no prompt: they belong to the one that executes (PROTOCOL §3).
-            prompt_id = self._executing
+            prompt_id = self.watchdog.executing
         if isinstance(frame, TextFrame):
             self._tell("progress_text", prompt_id, msgspec.Raw(msgspec.json.encode(frame)))
-        box = self._inboxes.get(prompt_id or "")
+        if prompt_id is None:
+            return
+        self.watchdog.heard(prompt_id, self.clock.monotonic())
+        box = self._inboxes.get(prompt_id)
         if box is not None:
             box.put_nowait(frame)
 
@@ -300,30 +388,3 @@ def _without_secrets(message: Message) -> msgspec.Raw:
         exception_type=scrub(message.body.exception_type),
     )
     return msgspec.Raw(msgspec.json.encode(told))
-
-
-def folder_of(outputs: Path, folder: str) -> Path:
-    """ComfyUI keeps `temp` and `input` beside its `output` folder."""
-    return outputs if folder == "output" else outputs.parent / folder
-
-
-def local_etag(size: int, mtime_ns: int) -> str:
-    """The same text that aiohttp's FileResponse, and so ComfyUI's /view, gives for the file."""
-    return f"{mtime_ns:x}-{size:x}"
-
-
-def _measure_local(root: Path, outputs: Sequence[Output]) -> list[Output]:
-    return [_measure_one(root, output) if output.filename else output for output in outputs]
-
-
-def _measure_one(root: Path, output: Output) -> Output:
-    try:
-        found = (folder_of(root, output.type or "output") / (output.subfolder or "") / (output.filename or "")).stat()
-    except (OSError, ValueError):
-        return output
-    return msgspec.structs.replace(output, size=found.st_size, etag=local_etag(found.st_size, found.st_mtime_ns))
-
-
-def output_url(workflow_id: str, n: int) -> str:
-    """Where this service serves the n-th output of a run (CONTRACT 5)."""
-    return f"/v1/comfyui/workflow/{quote(workflow_id)}/outputs/{n}"

@@ -6,20 +6,27 @@ Must never retry: whether a call may be made twice is known to `backend`, not he
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
 from msgspec import Raw, Struct
 
+from managers.comfyui import tolerant
 from managers.comfyui.channel import Answer, Channel, NoAnswer, NotSent
-from managers.comfyui.protocol import HistoryEntry, PromptAccepted, Queue, SystemStats
+from managers.comfyui.protocol import HistoryEntry, PromptAccepted, Queue, SystemStats, read_history
 from managers.errors import BackendUnavailable
 
 T = TypeVar("T")
+
+_accepted = msgspec.json.Decoder(PromptAccepted, strict=False)
+_queue = msgspec.json.Decoder(Queue, strict=False)
+_histories = msgspec.json.Decoder(dict[str, Raw])
+_system_stats = msgspec.json.Decoder(SystemStats, strict=False)
+_anything: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 # ComfyUI validates the whole graph before it answers, and a server collecting its garbage stalls (PROTOCOL §9).
@@ -81,26 +88,29 @@ class ComfyUIClient:
             raise Unanswered(str(error)) from error
         if reply.status == 200:
             try:
-                return msgspec.json.decode(reply.content, type=PromptAccepted, strict=False)
+                return tolerant.decode(reply.content, _accepted)
             except msgspec.DecodeError as error:
                 raise Unanswered("the answer to POST /prompt was not understood") from error
         if reply.status >= 500:
             # A 500 may have queued the entry nevertheless (PROTOCOL §1.10).
             raise Unanswered(f"POST /prompt answered {reply.status}")
         try:
-            parsed = json.loads(reply.content)
-        except ValueError:
+            parsed = tolerant.decode(reply.content, _anything)
+        except msgspec.DecodeError:
             parsed = None
         return Rejected(reply.status, parsed, reply.content.decode(errors="replace")[:2000])
 
     async def queue(self) -> Queue:
         """What runs and what waits there, other people's prompts too."""
-        return await self._get("/queue", Queue)
+        return await self._get("/queue", _queue)
 
     async def history(self, prompt_id: str) -> HistoryEntry | None:
-        """The ended prompt, or None (unknown, pending, running, deleted, evicted: all alike)."""
-        found = await self._get(f"/history/{prompt_id}", dict[str, HistoryEntry])
-        return found.get(prompt_id)
+        """The ended prompt, or None (unknown, pending, running, deleted, evicted: all alike).
+
+        One that cannot be understood says so (`unreadable`): to ask again would not help.
+        """
+        found = (await self._get(f"/history/{prompt_id}", _histories)).get(prompt_id)
+        return None if found is None else read_history(found)
 
     async def delete_pending(self, *prompt_ids: str) -> None:
         """Take prompts out of the queue; running and unknown ids are ignored there."""
@@ -116,17 +126,35 @@ class ComfyUIClient:
 
     async def system_stats(self) -> SystemStats:
         """Version and devices. An answer is no proof that the worker lives (PROTOCOL §1.9)."""
-        return await self._get("/system_stats", SystemStats)
+        return await self._get("/system_stats", _system_stats)
+
+    async def reboot(self) -> None:
+        """Ask ComfyUI-Manager to start ComfyUI again: its present route, then that of before version 4.
+
+        It ends before it answers, which is no failure. Raises `BackendUnavailable` when it says no, or is not there.
+        """
+        for method, path in (("POST", "/v2/manager/reboot"), ("GET", "/manager/reboot")):
+            try:
+                status = (await self._channel.ask(method, path)).status
+            except NotSent as error:
+                raise BackendUnavailable(f"ComfyUI does not answer: {error}") from error
+            except NoAnswer:
+                return
+            if status == 200:
+                return
+            if status not in (404, 405):
+                raise BackendUnavailable(f"ComfyUI answered {status} to {method} {path}")
+        raise BackendUnavailable("ComfyUI answered 404: it has no ComfyUI-Manager that could restart it")
 
     async def object_info(self, class_type: str | None = None) -> bytes:
         """The interfaces of all classes, or of one (`{}` when unknown), as JSON text."""
-        path = (
-            "/object_info" if class_type is None else f"/object_info/{httpx.URL(path=class_type).raw_path.decode()}"
-        )
+        path = "/object_info" if class_type is None else f"/object_info/{quote(class_type, safe='')}"
         try:
             reply = await self._http.get(path, timeout=_OBJECT_INFO_TIMEOUT)
         except httpx.HTTPError as error:
             raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
+        if reply.status_code == 404 and class_type is not None:
+            return b"{}"  # a name that fits no route
         return _good(Answer(reply.status_code, reply.content), "GET", path)
 
     @asynccontextmanager
@@ -149,10 +177,10 @@ class ComfyUIClient:
         finally:
             await reply.aclose()
 
-    async def _get(self, path: str, kind: type[T]) -> T:
+    async def _get(self, path: str, decoder: msgspec.json.Decoder[T]) -> T:
         content = await self._ask("GET", path)
         try:
-            return msgspec.json.decode(content, type=kind, strict=False)
+            return tolerant.decode(content, decoder)
         except msgspec.DecodeError as error:
             raise BackendUnavailable(f"ComfyUI's answer to GET {path.split('/')[1]} was not understood") from error
 

@@ -15,10 +15,21 @@ from managers.events.types import Finding
 
 MAX_NODES = 10_000
 MAX_DEPTH = 64
+MAX_TEXT = 2**23
+"""Characters of one text in a graph. Pictures travel as base64 in there, so it has to be long."""
+MAX_NAME = 1000
+"""Characters of what ends up in messages, events and logs: ids, classes, names of inputs. (Titles are cut.)"""
 
 # A workflow with one of these is no workflow at all: the request is malformed (CONTRACT §4: 400, nothing stored).
 REFUSED = frozenset(
-    {"workflow_not_an_object", "workflow_format_ui", "workflow_wrapped", "workflow_too_large", "workflow_too_deep"}
+    {
+        "workflow_not_an_object",
+        "workflow_format_ui",
+        "workflow_wrapped",
+        "workflow_too_large",
+        "workflow_too_deep",
+        "text_too_long",
+    }
 )
 
 _NESTS = frozenset({dict, list})
@@ -73,7 +84,7 @@ def parse_graph(workflow: object) -> dict[str, Node]:
                     links[name] = Link(name, source, slot)
         meta = raw.get("_meta")
         title = meta.get("title") if isinstance(meta, dict) else None
-        title = title.strip() or None if isinstance(title, str) else None
+        title = title.strip()[:MAX_NAME] or None if isinstance(title, str) else None
         nodes[node_id] = Node(node_id, class_type, values, links, title)
     return nodes
 
@@ -101,7 +112,10 @@ def check_structure(value: object, *, max_nodes: int = MAX_NODES, max_depth: int
     if _deeper_than(value, max_depth):
         message = f"The workflow is nested more than {max_depth} levels deep."
         return [_refusal("workflow_too_deep", message, allowed={"max": max_depth})]
-    return [finding for node_id, node in value.items() for finding in _check_node(node_id, node)]
+    if (length := max(map(len, value))) > MAX_NAME:
+        return [_too_long("The id of a node", length, MAX_NAME)]
+    found = [finding for node_id, node in value.items() for finding in _check_node(node_id, node)]
+    return [finding for finding in found if finding.code in REFUSED] or found
 
 
 def _check_node(node_id: str, node: object) -> Iterator[Finding]:
@@ -118,7 +132,13 @@ def _check_node(node_id: str, node: object) -> Iterator[Finding]:
             pointer=pointer(node_id, "class_type"),
             node_id=node_id,
         )
-    if not isinstance(node.get("inputs"), dict):
+    elif len(known) > MAX_NAME:
+        yield _too_long(f"Node {node_id}: its class_type", len(known), MAX_NAME, node_id, "class_type")
+    inputs = node.get("inputs")
+    if isinstance(inputs, dict):
+        if inputs and (length := max(map(len, inputs))) > MAX_NAME:
+            yield _too_long(f"Node {node_id}: the name of an input", length, MAX_NAME, node_id, "inputs")
+    else:
         yield Finding(
             code="inputs_missing",
             message=f"Node {node_id} has no inputs (an object, which may be empty).",
@@ -126,6 +146,26 @@ def _check_node(node_id: str, node: object) -> Iterator[Finding]:
             node_id=node_id,
             class_type=known,
         )
+
+
+def find_long_text(value: object, *, max_text: int = MAX_TEXT) -> Finding | None:
+    """The first text of more than `max_text` characters. It looks at all of them: ask only where there may be one."""
+    for node_id, node in value.items() if isinstance(value, dict) else ():
+        waiting = [node]
+        while waiting:
+            inner = waiting.pop()
+            if isinstance(inner, str) and len(inner) > max_text:
+                return _too_long(f"Node {shown(node_id)}: a text", len(inner), max_text, node_id[:MAX_NAME])
+            if isinstance(inner, dict):
+                waiting += [*inner, *inner.values()]
+            elif isinstance(inner, list):
+                waiting += inner
+    return None
+
+
+def _too_long(what: str, length: int, limit: int, *steps: str) -> Finding:
+    message = f"{what} has {length} characters; {limit} are allowed."
+    return Finding(code="text_too_long", message=message, pointer=pointer(*steps), allowed={"max": limit})
 
 
 def _refusal(code: str, message: str, allowed: object = None) -> Finding:

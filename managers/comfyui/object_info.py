@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from managers.comfyui import tolerant
+
 COMBO = "COMBO"
 ANY = "*"
 
@@ -62,6 +64,8 @@ class NodeClass(Struct, frozen=True, eq=False):
 
 ObjectInfo = Mapping[str, NodeClass]
 
+_json: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(dict[str, Any])
+
 
 class Catalog(Struct, frozen=True, eq=False):
     """What one backend offers. `object_info` is None while the backend is away: it then counts as able."""
@@ -75,7 +79,8 @@ def decode_object_info(body: bytes | str) -> dict[str, NodeClass]:
 
     Raises `msgspec.DecodeError` when it is no JSON, `msgspec.ValidationError` when it is no object.
     """
-    return read_object_info(msgspec.json.decode(body, type=dict[str, Any]))
+    classes: dict[str, Any] = tolerant.decode(body, _json)
+    return read_object_info(classes)
 
 
 def read_object_info(classes: Mapping[str, Any]) -> dict[str, NodeClass]:

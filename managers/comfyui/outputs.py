@@ -45,13 +45,15 @@ def kind_of(filename: str, *, animated: bool = False) -> OutputKind:
     return "video" if animated and kind == "image" else kind
 
 
-def outputs_of(node_id: str, output: Mapping[str, Any] | None) -> Iterator[Output]:
+def outputs_of(node_id: str, output: object) -> Iterator[Output]:
     """Walk every list of a node's output: an object with `filename` is a file, strings under `text` are texts.
 
     Preview3D puts the model's path as the first string under `result`. All else is data, not an output.
     """
-    animated = _flag((output or {}).get("animated"))
-    for key, values in (output or {}).items():
+    if not isinstance(output, Mapping):
+        return
+    animated = _flag(output.get("animated"))
+    for key, values in output.items():
         for value in values if isinstance(values, list | tuple) else [values]:
             if isinstance(value, Mapping) and isinstance(value.get("filename"), str) and value["filename"]:
                 yield _file(node_id, value, animated=animated)

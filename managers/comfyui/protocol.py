@@ -12,6 +12,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Raw, Struct
 
+from managers.comfyui import tolerant
+
 # ---- socket messages (PROTOCOL §3)
 
 
@@ -199,25 +201,57 @@ _BODIES: dict[str, type[Any]] = {
     "execution_interrupted": ExecutionInterrupted,
     "feature_flags": FeatureFlags,
 }
-# Lax: node ids and prompt ids of odd clients arrive as numbers.
 _envelope = msgspec.json.Decoder(_Envelope)
 _bodies = {name: msgspec.json.Decoder(body, strict=False) for name, body in _BODIES.items()}
-_unknown = msgspec.json.Decoder(Unknown)
 _metadata = msgspec.json.Decoder(_PreviewMetadata)
+_anything: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+_IDS = frozenset(
+    {"prompt_id", "node", "node_id", "display_node", "display_node_id", "parent_node_id", "real_node_id"}
+)
 
 
 def decode_text(frame: str | bytes) -> Message | None:
-    """Decode a text frame; None when it is not even an envelope."""
+    """Decode a text frame; None when it is not even an envelope.
+
+    `raw` is JSON, whatever the server wrote, and has no paths of that machine that call themselves so.
+    """
     try:
-        envelope = _envelope.decode(frame)
+        envelope = tolerant.decode(tolerant.without_paths(frame), _envelope)
+        return Message(envelope.type, _body(envelope.type, envelope.data), envelope.data)
     except (msgspec.DecodeError, UnicodeError):
         return None
-    decoder = _bodies.get(envelope.type, _unknown)
+
+
+def _body(name: str, data: Raw) -> Body:
     try:
-        body: Body = decoder.decode(envelope.data)
-    except msgspec.DecodeError:
-        body = Unknown()
-    return Message(envelope.type, body, envelope.data)
+        body: Body = _bodies[name].decode(data)
+    except (KeyError, msgspec.DecodeError):
+        return _odd_body(_BODIES.get(name, Unknown), data)
+    return body
+
+
+def _odd_body(kind: type[Any], data: Raw) -> Body:
+    """It is not as it should be: perhaps only that a custom node gives ids as numbers."""
+    found = _text_ids(tolerant.decode(bytes(data), _anything))
+    for wanted in (kind, Unknown):
+        try:
+            body: Body = msgspec.convert(found, wanted, strict=False)
+        except msgspec.ValidationError:
+            continue
+        return body
+    return Unknown()
+
+
+def _text_ids(data: Any) -> Any:
+    if not isinstance(data, dict):
+        return data
+    told = {key: str(value) if key in _IDS and type(value) is int else value for key, value in data.items()}
+    match told.get("nodes"):
+        case list(nodes):
+            told["nodes"] = [str(node) if type(node) is int else node for node in nodes]
+        case dict(nodes):
+            told["nodes"] = {node_id: _text_ids(state) for node_id, state in nodes.items()}
+    return told
 
 
 def decode_binary(frame: bytes) -> PreviewFrame | TextFrame | None:
@@ -232,7 +266,7 @@ def decode_binary(frame: bytes) -> PreviewFrame | TextFrame | None:
         if kind == 3:
             return TextFrame(head.decode(), rest.decode())
         if kind == 4:
-            meta = _metadata.decode(head)
+            meta = tolerant.decode(head, _metadata)
             return PreviewFrame(rest, meta.image_type, meta.prompt_id, meta.node_id, meta.display_node_id)
     except (struct.error, msgspec.DecodeError, UnicodeError):
         return None
@@ -249,22 +283,21 @@ class PromptAccepted(Struct, frozen=True):
     """200 of POST /prompt. Non-empty `node_errors`: only part of the outputs would run."""
 
     prompt_id: str
-    number: float = 0
     node_errors: dict[str, Any] = {}
 
 
 class QueueItem(Struct, frozen=True, array_like=True):
-    """An entry of GET /queue; the elements behind `extra_data` are left out."""
+    """An entry of GET /queue, of anybody's: so number and data may be anything. The elements behind are left out."""
 
-    number: float
+    number: Any
     prompt_id: str
     prompt: Raw
-    extra_data: dict[str, Any] = {}
+    extra_data: Any = None
 
     @property
     def client_id(self) -> str | None:
         """The address its events go to."""
-        value = self.extra_data.get("client_id")
+        value = self.extra_data.get("client_id") if isinstance(self.extra_data, dict) else None
         return value if isinstance(value, str) else None
 
 
@@ -275,19 +308,29 @@ class Queue(Struct, frozen=True):
     queue_pending: list[QueueItem] = []
 
 
+class HistoryMessage(Struct, frozen=True, array_like=True):
+    """What the socket said, kept."""
+
+    type: str
+    data: Raw
+
+
 class HistoryStatus(Struct, frozen=True):
     """The end of a prompt; the verdict is in the last of `messages`, never in `status_str` (PROTOCOL §1.5)."""
 
     status_str: str = ""
-    completed: bool = False
-    messages: list[tuple[str, Raw]] = []
+    messages: list[HistoryMessage] = []
 
 
 class HistoryEntry(Struct, frozen=True):
-    """An ended prompt. `status` may be null on old servers."""
+    """An ended prompt, with what its nodes gave (of any shape). `status` may be null on old servers.
 
-    outputs: dict[str, dict[str, Any] | None] = {}
+    `unreadable`: it has ended, and this is what is wrong with all that is told of it.
+    """
+
+    outputs: dict[str, Any] = {}
     status: HistoryStatus | None = None
+    unreadable: str | None = None
 
 
 class SystemInfo(Struct, frozen=True):
@@ -303,10 +346,21 @@ class SystemStats(Struct, frozen=True):
     devices: list[dict[str, Any]] = []
 
 
+_history = msgspec.json.Decoder(HistoryEntry, strict=False)
+
+
+def read_history(entry: Raw) -> HistoryEntry:
+    """An entry of GET /history/{id}, in whatever shape it is."""
+    try:
+        return tolerant.decode(tolerant.without_paths(bytes(entry)), _history)
+    except msgspec.DecodeError as error:
+        return HistoryEntry(unreadable=str(error))
+
+
 class End(Struct, frozen=True):
     """How ComfyUI says that a prompt ended. Times are epoch ms, None where it did not say."""
 
-    verdict: Literal["success", "error", "interrupted"]
+    verdict: Literal["success", "error", "interrupted", "unreadable"]
     start_time: int | None
     end_time: int | None
     cached: tuple[str, ...] = ()
@@ -315,28 +369,23 @@ class End(Struct, frozen=True):
 
 def end_of(entry: HistoryEntry) -> End:
     """Read the verdict from the messages of a history entry; `status_str` only where there are none."""
+    if entry.unreadable is not None:
+        return End("unreadable", None, None)
     start: int | None = None
     cached: tuple[str, ...] = ()
     status = entry.status or HistoryStatus(status_str="success")
     end: End | None = None
-    for name, raw in status.messages:
-        decoder = _bodies.get(name)
-        if decoder is None:
-            continue
-        try:
-            body = decoder.decode(raw)
-        except msgspec.DecodeError:
-            continue
-        match body:
-            case ExecutionStart():
+    for message in status.messages:
+        match _body(message.type, message.data):
+            case ExecutionStart() as body:
                 start = body.timestamp or None
-            case ExecutionCached():
+            case ExecutionCached() as body:
                 cached = tuple(body.nodes)
-            case ExecutionSuccess():
+            case ExecutionSuccess() as body:
                 end = End("success", start, body.timestamp or None, cached)
-            case ExecutionError():
+            case ExecutionError() as body:
                 end = End("error", start, body.timestamp or None, cached, body)
-            case ExecutionInterrupted():
+            case ExecutionInterrupted() as body:
                 end = End("interrupted", start, body.timestamp or None, cached)
             case _:
                 pass

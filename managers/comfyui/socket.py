@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import ssl
 from collections.abc import Callable
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus, InvalidURI, WebSocketException
 
 from managers.comfyui.protocol import FIRST_FRAME, Message, PreviewFrame, TextFrame, decode_binary, decode_text
 
@@ -23,7 +25,10 @@ _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.25, 10.0
 
 
 class ComfyUISocket:
-    """Calls back, on the loop and in order, for every frame and every change of the connection."""
+    """Calls back, on the loop and in order, for every frame and every change of the connection.
+
+    `on_down` and `on_failed` (an attempt to connect came to nothing) are told why, in words without an address.
+    """
 
     def __init__(
         self,
@@ -33,12 +38,13 @@ class ComfyUISocket:
         on_frame: Callable[[Frame], None],
         on_up: Callable[[], None],
         on_down: Callable[[str], None],
+        on_failed: Callable[[str], None] = lambda _: None,
     ) -> None:
         parts = urlsplit(url)
         scheme = "wss" if parts.scheme == "https" else "ws"
         path = parts.path.rstrip("/") + "/ws"
         self._url = urlunsplit((scheme, parts.netloc, path, f"clientId={quote(client_id)}", ""))
-        self._on_frame, self._on_up, self._on_down = on_frame, on_up, on_down
+        self._on_frame, self._on_up, self._on_down, self._on_failed = on_frame, on_up, on_down, on_failed
         self._connection: ClientConnection | None = None
         self._hurry = asyncio.Event()
 
@@ -46,7 +52,6 @@ class ComfyUISocket:
         """Keep the connection until cancelled."""
         wait = _FIRST_WAIT_SECONDS
         while True:
-            reason = "closed"
             try:
                 async with connect(
                     self._url,
@@ -60,15 +65,12 @@ class ComfyUISocket:
                     origin=None,
                 ) as self._connection:
                     await self._connection.send(FIRST_FRAME)
-                    wait = _FIRST_WAIT_SECONDS
                     self._on_up()
-                    try:
-                        await self._listen(self._connection)
-                    except ConnectionClosed as error:
-                        reason = _words(error)
+                    reason, heard = await self._listen(self._connection)
+                    wait = _FIRST_WAIT_SECONDS if heard else wait  # a proxy may accept and know nobody
                     self._on_down(reason)
-            except (OSError, InvalidHandshake, InvalidURI, TimeoutError, EOFError, ConnectionClosed) as error:
-                reason = _words(error)
+            except (OSError, WebSocketException, TimeoutError, EOFError) as error:
+                self._on_failed(_words(error))
             finally:
                 self._connection = None
             try:
@@ -84,12 +86,54 @@ class ComfyUISocket:
             await self._connection.close()
         self._hurry.set()
 
-    async def _listen(self, connection: ClientConnection) -> None:
-        async for raw in connection:
-            frame = decode_text(raw) if isinstance(raw, str) else decode_binary(raw)
-            if frame is not None:
-                self._on_frame(frame)
+    async def _listen(self, connection: ClientConnection) -> tuple[str, bool]:
+        """Until its end; gives the reason, and whether there was a word before."""
+        heard = False
+        try:
+            async for raw in connection:
+                heard = True
+                frame = decode_text(raw) if isinstance(raw, str) else decode_binary(raw)
+                if frame is not None:
+                    self._on_frame(frame)
+        except ConnectionClosed as error:
+            return _words(error), heard
+        return "closed", heard
+
+
+_REFUSED = {
+    401: "it, or a proxy before it, wants a name and a password",
+    403: "it takes us for a foreign web page, or a proxy forbids it. Does something on the way add an Origin header?",
+    404: "there is no ComfyUI at this address",
+}
 
 
 def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    """What an operator can do something about; never with the address, which may hold a password."""
+    match error:
+        case InvalidStatus():
+            status = error.response.status_code
+            if status in (502, 503, 504):
+                return f"The proxy before it does not reach it ({status})"
+            return f"The WebSocket was refused with {status}: {_REFUSED.get(status, 'is it a ComfyUI?')}"
+        case InvalidMessage() | EOFError():
+            return "What listens there does not speak HTTP. Should the URL begin with https?"
+        case InvalidURI():
+            return f"The address is not valid: {error.msg}"
+        case ConnectionClosed(rcvd=None, sent=None):
+            return "The connection broke off: it has ended, or the network has"
+        case ConnectionClosed(rcvd=None):
+            return "It no longer answers: the connection was given up"
+        case ssl.SSLCertVerificationError():
+            return f"Its certificate is not trusted: {error.verify_message}"
+        case ssl.SSLError():
+            return f"No TLS connection ({error.reason}). Should the URL begin with http?"
+        case socket.gaierror():
+            return "Its host name is not known"
+        case ConnectionRefusedError():
+            return "Nothing listens at its address: is it started?"
+        case TimeoutError():
+            return "It did not answer in time"
+        case OSError():
+            return error.strerror or str(error)
+        case _:
+            return str(error) or type(error).__name__

@@ -37,6 +37,8 @@ from managers.events.types import (
     WorkflowProgress,
 )
 
+_ALWAYS_TOLD = (ExecutionStart, ExecutionSuccess, ExecutionInterrupted, ExecutionError)
+
 
 class GraphNode(Struct, frozen=True):
     """What the tracker needs to know of a node."""
@@ -90,9 +92,13 @@ class Tracker:
         self._step: tuple[int, int] | None = None
         self._sees_progress_state = False
         self._percent = 0
+        self._told: tuple[object, ...] | None = None
 
     def feed(self, body: Body, now: int) -> list[Event]:
-        """Take in one message; returns what a client should hear, the overall progress last. `now` is epoch ms."""
+        """Take in one message; returns what a client should hear. `now` is epoch ms.
+
+        Last comes the overall progress, where it is news, and at the start and the end in any case.
+        """
         events: list[Event] = []
         match body:
             case ExecutionStart():
@@ -133,14 +139,32 @@ class Tracker:
                     self.evidence.ended = body.timestamp or now
             case _:
                 return []
-        events.append(self.progress(now))
+        told = self._told
+        self._told = self._standing()
+        if self._told != told or isinstance(body, _ALWAYS_TOLD):
+            events.append(self._progress(now))
         return events
 
-    def progress(self, now: int) -> WorkflowProgress:
-        """Where the workflow is now."""
+    @property
+    def percent(self) -> int:
+        """The overall progress last told."""
+        return self._percent
+
+    def counts(self) -> NodeCounts:
+        """Nodes needed, done, cached."""
+        done = sum(1 for share in self._share.values() if share >= 1.0)
+        return NodeCounts(total=len(self._graph), done=done, cached=len(self._cached))
+
+    # ---- inside
+
+    def _standing(self) -> tuple[object, ...]:
+        """All that progress is made of."""
         done = sum(self._graph[node_id].weight * share for node_id, share in self._share.items())
         # 100 is for the verdict alone: what only seems finished may still fail.
         self._percent = max(self._percent, min(99, int(100 * done / self._total_weight)))
+        return self._percent, self._current, self._step, self.counts()
+
+    def _progress(self, now: int) -> WorkflowProgress:
         node = self._graph.get(self._current) if self._current else None
         step, steps = self._step or (None, None)
         return WorkflowProgress(
@@ -155,18 +179,6 @@ class Tracker:
             message=names.message(node.class_type, node.name, step, steps) if node else None,
             nodes=self.counts(),
         )
-
-    @property
-    def percent(self) -> int:
-        """The overall progress last told."""
-        return self._percent
-
-    def counts(self) -> NodeCounts:
-        """Nodes needed, done, cached."""
-        done = sum(1 for share in self._share.values() if share >= 1.0)
-        return NodeCounts(total=len(self._graph), done=done, cached=len(self._cached))
-
-    # ---- inside
 
     def _display(self, node_id: str) -> str:
         """The node of the graph that stands for an expanded one (`2.0.0.1` -> `2`)."""

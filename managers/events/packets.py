@@ -44,7 +44,7 @@ class _PreviewMetadata(Struct, frozen=True):
     workflow_id: str
 
 
-class _PreviewText(Struct, frozen=True, tag_field="type", tag="preview", rename="camel"):
+class PreviewText(Struct, frozen=True, tag_field="type", tag="preview", rename="camel"):
     """A preview for clients that take no binary frames; `image` goes out in base64."""
 
     workflow_id: str
@@ -127,7 +127,7 @@ class Packet:
         if not isinstance(preview, Preview):
             return self
         if self._json_form is None:
-            text = _PreviewText(
+            text = PreviewText(
                 workflow_id=preview.workflow_id,
                 timestamp=preview.timestamp,
                 prompt_id=preview.prompt_id,

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
+from managers.callers import always
 from managers.clock import Clock
 from managers.errors import Unavailable
 from managers.events.hub import Hub
@@ -124,7 +125,7 @@ class Gap(Answer, frozen=True, kw_only=True, tag="gap", rename={"from_": "from"}
 
 
 class StreamSession:
-    """`run` it once; it subscribes to the hub by itself."""
+    """`run` it once; it subscribes to the hub by itself. `welcome` is asked with each heartbeat; False ends it."""
 
     def __init__(
         self,
@@ -136,6 +137,7 @@ class StreamSession:
         config: StreamConfig,
         writer: Writer,
         since: int | None = None,
+        welcome: Callable[[], bool] = always,
     ) -> None:
         self._hub = hub
         self._log = log
@@ -144,6 +146,7 @@ class StreamSession:
         self._config = config
         self._writer = writer
         self._since = since
+        self._welcome = welcome
         self._subscription = Subscription()
         self._outbox = Outbox(config.max_live, hub.count_dropped)
         self._held: Outbox | None = None
@@ -248,6 +251,9 @@ class StreamSession:
             self.close(_TRY_AGAIN, "Too slow: connect again and ask for what was missed with since")
 
     def _beat(self) -> None:
+        if not self._welcome():
+            self.close(_POLICY, "The key is no longer good for this")
+            return
         self._arm("heartbeat", self._config.heartbeat_seconds, self._beat)
         if self._held is None:  # else the number would overtake events that are still to be read from the log
             self._push(reply(Heartbeat(timestamp=self._clock.now_ms(), seq=self._hub.seq), key="heartbeat"))

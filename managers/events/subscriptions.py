@@ -17,7 +17,8 @@ from managers.events.types import Channel
 PreviewFormat = Literal["binary", "json"]
 Seq = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
-MAX_IDS = 10_000
+MAX_IDS = 1000
+"""Of workflows that one socket names. Who wants more hears all: that is no less to send, and less to look up."""
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 
@@ -107,7 +108,7 @@ class Subscription(Struct, frozen=True, kw_only=True):
         if frame.ids:
             ids = frame.ids | (ids or frozenset())
             if len(ids) > MAX_IDS:
-                raise BadFrame("too_many_ids", f"A socket may name {MAX_IDS} workflows")
+                raise BadFrame("too_many_ids", f"A socket may name {MAX_IDS} workflows; without names it hears all")
         return Subscription(
             ids=ids,
             channels=self.channels if frame.channels is None else frozenset(frame.channels),

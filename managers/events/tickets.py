@@ -1,6 +1,7 @@
 """Tickets for browsers, which can set no header on a WebSocket or an EventSource (CONTRACT 1).
 
-Must never keep a ticket in clear: what is held in memory is its hash. A restart forgets all of them.
+A ticket stands for the key that asked for it. Must never keep a ticket in clear: what is held in memory is its hash.
+A restart forgets all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import secrets
 
 from msgspec import Struct
 
+from managers.callers import Caller
 from managers.clock import Clock
 from managers.errors import Unavailable
 
@@ -28,27 +30,28 @@ class Tickets:
         self._clock = clock
         self._seconds = seconds
         self._limit = limit
-        self._open: dict[bytes, float] = {}  # hash -> end, in order of both issue and end
+        self._open: dict[bytes, tuple[float, Caller]] = {}  # hash -> end, in order of both issue and end
 
-    def issue(self) -> Ticket:
-        """A new one. Raises `Unavailable` when too many are open."""
+    def issue(self, caller: Caller) -> Ticket:
+        """A new one for this caller. Raises `Unavailable` when too many are open."""
         self._forget_expired()
         if len(self._open) >= self._limit:
             raise Unavailable("Too many tickets are open", retry_after=self._seconds)
         ticket = secrets.token_urlsafe(32)
-        self._open[_digest(ticket)] = self._clock.monotonic() + self._seconds
+        self._open[_digest(ticket)] = (self._clock.monotonic() + self._seconds, caller)
         return Ticket(ticket, self._clock.now_ms() + int(self._seconds * 1000))
 
-    def redeem(self, ticket: str) -> bool:
-        """Whether it was good; from now on it is not."""
+    def redeem(self, ticket: str) -> Caller | None:
+        """Whose it was; None when it was not good. From now on it is not."""
         self._forget_expired()
-        return self._open.pop(_digest(ticket), None) is not None
+        _, caller = self._open.pop(_digest(ticket), (0.0, None))
+        return caller
 
     def _forget_expired(self) -> None:
         now = self._clock.monotonic()
         while self._open:
             oldest = next(iter(self._open))
-            if self._open[oldest] > now:
+            if self._open[oldest][0] > now:
                 return
             del self._open[oldest]
 

@@ -149,12 +149,13 @@ class BackendDisconnected(StoredEvent, frozen=True, kw_only=True, tag="backend:d
 
 
 class BackendStalled(StoredEvent, frozen=True, kw_only=True, tag="backend:stalled"):
-    """A ComfyUI answers but does not work."""
+    """A ComfyUI answers but does not work. Not `proven`: it is only silent for long, and trusted still."""
 
     channel: ClassVar[Channel] = "backend"
 
     backend: str
     reason: str | None = None
+    proven: bool = True
 
 
 class WorkflowProgress(Event, frozen=True, kw_only=True, tag="workflow:progress"):

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from managers.errors import Conflict, InvalidRequest, NotFound, Unavailable
+from managers.events.types import Finding
 from managers.files.index import IndexedFile, IndexPage, Key, OutputsIndex
 from managers.files.models import Model, ModelType, find_models
 from managers.files.outputs import OutputFile, describe, extension
@@ -126,18 +127,12 @@ class Files:
         """What is at `path` below the outputs folder, ready for `read`. Raises `NotFound`, `Unavailable`."""
         return await self._on_disk(None, lambda: describe(self._config.outputs, path))
 
-    async def delete_output(self, path: str) -> None:
-        """Remove the file, or the link if `path` is one. Raises `NotFound`, `Conflict`, `Unavailable`."""
-        await self._on_disk(None, lambda: self._delete(path))
+    async def delete_output(self, path: str, folder: Path | None = None) -> None:
+        """Remove the file below `folder` (None: the outputs folder), or the link if `path` is one.
 
-    def _delete(self, path: str) -> None:
-        describe(self._config.outputs, path)
-        try:
-            (self._config.outputs / path).unlink()
-        except FileNotFoundError as error:
-            raise NotFound("Output not found") from error
-        except PermissionError as error:
-            raise Conflict("The outputs folder does not let this service delete", "read-only") from error
+        Raises `NotFound`, `Conflict`, `Unavailable`.
+        """
+        await self._on_disk(None, lambda: _delete(folder or self._config.outputs, path))
 
     async def _with_owners(self, page: IndexPage) -> OutputsPage:
         owners = await self._owners.workflows_of([file.path for file in page.files]) if page.files else {}
@@ -152,6 +147,16 @@ class Files:
                 return await asyncio.get_running_loop().run_in_executor(executor, look)
         except OSError as error:  # TimeoutError is one too
             raise Unavailable("The folder cannot be read now") from error
+
+
+def _delete(folder: Path, path: str) -> None:
+    describe(folder, path)
+    try:
+        (folder / path).unlink()
+    except FileNotFoundError as error:
+        raise NotFound("Output not found") from error
+    except PermissionError as error:
+        raise Conflict("The folder does not let this service delete", "read-only") from error
 
 
 def _entry(file: IndexedFile, owner: OutputOwner | None) -> OutputEntry:
@@ -177,5 +182,6 @@ def _decode_cursor(cursor: str) -> Key:
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
         mtime_ns, path = msgspec.json.decode(text, type=Key)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest("cursor is none that this service gave out") from error
+        message = "The cursor is none that this service gave"
+        raise InvalidRequest(message, [Finding(code="invalid_query", message=message, input="cursor")]) from error
     return mtime_ns, path

@@ -8,54 +8,44 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from typing import Protocol
 
 import structlog
 from msgspec import Struct
 
 from managers.clock import Clock, IdMaker
-from managers.comfyui.attempt import AttemptRun, Job, Result, Verdict
-from managers.comfyui.backend import Backend, BackendConfig, BackendState, Signal
+from managers.comfyui.backend import Backend, BackendConfig, Signal
+from managers.comfyui.recovery import keep_trust
+from managers.comfyui.restart import RestartConfig
 from managers.comfyui.tracker import GraphNode
+from managers.comfyui.verdicts import Result, Verdict
 from managers.errors import BackendUnavailable, StoreUnavailable
-from managers.events.types import (
-    BackendConnected,
-    BackendDisconnected,
-    ImagesGenerated,
-    LiveEvent,
-    Output,
-    WorkflowProgress,
-)
-from managers.workflows.model import ANY_BACKEND, AttemptState, Claimed, Outcome, Status, Workflow
+from managers.events.types import BackendDisconnected, StoredEvent, WorkflowProgress
+from managers.workflows.model import ANY_BACKEND, Claimed, Workflow
+from managers.workflows.settlement import settle
+from managers.workflows.slot import Publisher, Slot, Surroundings
 from managers.workflows.store import WorkflowStore
 
 log = structlog.get_logger(__name__)
 
 _STORE_RETRY_SECONDS = 1.0
 _UNREACHABLE_SECONDS = 1.0
-_OOM_ATTEMPTS = 2
 
 Describe = Callable[[bytes], dict[str, GraphNode]]
 """A graph's JSON text -> its nodes, named (needs the display names of /object_info)."""
-
-
-class Publisher(Protocol):
-    """Where live events go."""
-
-    def publish(self, event: LiveEvent) -> None:
-        """Never blocks."""
-        ...
 
 
 class DispatcherConfig(Struct, frozen=True, kw_only=True):
     """`prefetch`: post the next workflow while one runs, where a single prompt can be interrupted.
 
     `free_when_idle_seconds`: after so much idleness ComfyUI is asked to free the card's memory; 0 is never.
+    `gone_seconds`: a ComfyUI that is away for so long is not waited for where another may run its work; 0 is never.
     """
 
     backend: BackendConfig
     prefetch: bool = True
     free_when_idle_seconds: float = 0
+    gone_seconds: float = 120
+    restart: RestartConfig = RestartConfig()
 
 
 class Dispatcher:
@@ -77,18 +67,21 @@ class Dispatcher:
         self.name = config.backend.name
         self.pools = (ANY_BACKEND,) if self.name == ANY_BACKEND else (ANY_BACKEND, self.name)
         self.backend = Backend(
-            config.backend, client_id, clock=clock, publish=events.publish, on_change=self._backend_changed
+            config.backend, client_id, clock=clock, publish=events.publish, on_event=self._backend_told
+        )
+        self._surroundings = Surroundings(
+            backend=self.backend, store=store, events=events, live=live, clock=clock, note=self.note, wake=self.wake
         )
         self._config = config
         self._store = store
-        self._events = events
         self._live = live
         self._describe = describe
         self._clock = clock
         self._new_id = new_id
-        self._slots: dict[str, _Slot] = {}
+        self._slots: dict[str, Slot] = {}
         self._wake = asyncio.Event()
-        self._draining = False
+        self._halted = False
+        self._away_since: float | None = None
         self._idle_since = clock.monotonic()
         self._freed = True  # until a first workflow has loaded something
         self._claiming = False
@@ -103,30 +96,46 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Reconcile what was open, then hand out work until cancelled. Prompts in ComfyUI are left to it."""
+        self._away_since = self._clock.monotonic()
         async with asyncio.TaskGroup() as self._tasks:
             for claimed in await self._store.open_attempts(self.name):
                 self._begin(claimed, posted=True)
             self._tasks.create_task(self.backend.run(lambda: self._slots), name=f"backend {self.name}")
+            self._tasks.create_task(
+                keep_trust(self.backend, self._config.restart, self._new_id), name=f"trust {self.name}"
+            )
             while True:
                 await self._woken()
                 self._wake.clear()
+                self._give_up()
                 await self._fill()
 
     async def _woken(self) -> None:
-        """Until there may be work; after long idleness the memory of the card is given back, once."""
-        patience = self._config.free_when_idle_seconds
-        while patience and not (self._slots or self._freed or self._wake.is_set()):
-            left = self._idle_since + patience - self._clock.monotonic()
+        """Until there may be work, or ComfyUI has been away for too long; the card is freed after long idleness."""
+        while not self._wake.is_set():
+            free, gone = self._until_free(), self._until_gone()
             try:
-                async with asyncio.timeout(max(left, 0)):
+                async with asyncio.timeout(min((left for left in (free, gone) if left is not None), default=None)):
                     await self._wake.wait()
             except TimeoutError:
-                self._freed = True
-                try:
-                    await self.backend.client.free()
-                except BackendUnavailable as error:
-                    log.warning("could not free memory", backend=self.name, reason=str(error))
-        await self._wake.wait()
+                if self._until_free() == 0:
+                    await self._free()
+                elif self._is_gone():
+                    return
+
+    def _until_free(self) -> float | None:
+        """Seconds until the card's memory is to be given back, once; None: not now."""
+        patience = self._config.free_when_idle_seconds
+        if not patience or self._slots or self._freed:
+            return None
+        return max(0.0, self._idle_since + patience - self._clock.monotonic())
+
+    async def _free(self) -> None:
+        self._freed = True
+        try:
+            await self.backend.client.free()
+        except BackendUnavailable as error:
+            log.warning("could not free memory", backend=self.name, reason=str(error))
 
     async def aclose(self) -> None:
         """After `run` has ended for good."""
@@ -138,20 +147,35 @@ class Dispatcher:
 
     def expect(self) -> bool:
         """A workflow is about to be stored. With nothing in hand its claim can share that commit; whether it will."""
-        if self._slots or self._claiming or self._draining or not self.backend.up:
+        if self._slots or self._claiming or not self._is_open():
             return False
         self._expecting = True
         self.wake()
         return True
 
     def drain(self) -> None:
-        """Take no new work."""
-        self._draining = True
+        """An operator takes this ComfyUI out: no new work, and what was only posted ahead is taken back.
+
+        What executes runs to its end. The caller keeps it in the store.
+        """
+        self.backend.drained = True
+        self._take_back()
 
     def resume(self) -> None:
-        """Take work again."""
-        self._draining = False
+        """It is back: work again."""
+        self.backend.drained = False
         self.wake()
+
+    @property
+    def draining(self) -> bool:
+        """An operator has taken it out."""
+        return self.backend.drained
+
+    def halt(self, *, take_back: bool) -> None:
+        """The service stops: no new work. What was posted ahead may stay, so that the card works on meanwhile."""
+        self._halted = True
+        if take_back:
+            self._take_back()
 
     def cancel(self, workflow_id: str) -> None:
         """Its verdict is stored: make ComfyUI let go of it."""
@@ -159,8 +183,7 @@ class Dispatcher:
             self._doomed.add(workflow_id)
         for slot in self._slots.values():
             if slot.claimed.workflow.id == workflow_id:
-                slot.cancelled = True
-                slot.run.tell(Signal.CANCEL)
+                slot.cancel()
 
     def moved(self, workflow: Workflow) -> None:
         """It waits at another place now, perhaps behind others although it was posted ahead."""
@@ -182,26 +205,35 @@ class Dispatcher:
     @property
     def idle(self) -> bool:
         """It could begin something at once."""
-        return self.backend.up and not self._draining and not self._there()
+        return self._is_open() and not self._there()
 
-    def give_back(self) -> None:
+    def _is_open(self) -> bool:
+        return self.backend.ready and not (self._halted or self.draining)
+
+    def serves(self, workflow: Workflow) -> bool:
+        """It could run here now."""
+        return workflow.gpu in self.pools and self.name not in workflow.unfit and self._is_open()
+
+    def give_back(self, idle: str) -> None:
         """Another backend is idle: what only waits behind something here can run there."""
         if any(slot.run.started for slot in self._there()):
             for slot in self._slots.values():
-                if not (slot.run.started or slot.cancelled) and slot.claimed.workflow.gpu == ANY_BACKEND:
+                workflow = slot.claimed.workflow
+                shared = workflow.gpu == ANY_BACKEND and idle not in workflow.unfit
+                if shared and not (slot.run.started or slot.cancelled):
                     slot.run.tell(Signal.WITHDRAW)
 
     # ---- handing out
 
     async def _fill(self) -> None:
-        while self.backend.up and not self._draining:
+        while self._is_open():
             pools = self._open_pools()
-            waiting = self._store.next_in_line(pools)
+            waiting = self._store.next_in_line(pools, self.name)
             expecting, self._expecting = self._expecting and not self._slots, False
             if waiting is None and not expecting:
                 if not (self._there() or self._store.counts().paused):
                     for other in self._others:
-                        other.give_back()
+                        other.give_back(self.name)
                 return
             ahead = next((slot for slot in self._slots.values() if not slot.run.started), None)
             if ahead is not None:
@@ -225,6 +257,8 @@ class Dispatcher:
             if claimed is None:
                 return
             self._begin(claimed, posted=False, cancelled=claimed.workflow.id in doomed)
+            if not self._is_open():
+                self._take_back()
 
     def _may_claim(self) -> bool:
         """Nothing of ours is in this ComfyUI, or only what executes and may get a neighbour."""
@@ -236,7 +270,7 @@ class Dispatcher:
             and not any(slot.cancelled for slot in there)
         )
 
-    def _there(self) -> list[_Slot]:
+    def _there(self) -> list[Slot]:
         """What this ComfyUI has not ended yet."""
         return [slot for slot in self._slots.values() if not slot.run.ended]
 
@@ -246,23 +280,55 @@ class Dispatcher:
             return tuple(pool for pool in self.pools if pool != ANY_BACKEND)
         return self.pools
 
+    def _take_back(self) -> None:
+        """All that is only posted ahead."""
+        for slot in self._slots.values():
+            if not (slot.run.started or slot.cancelled):
+                slot.run.tell(Signal.WITHDRAW)
+
+    # ---- gone
+
+    def _until_gone(self) -> float | None:
+        """Seconds until a ComfyUI that is away counts as gone; None: there is nothing to wait for."""
+        if not self._config.gone_seconds or self._away_since is None or not self._slots:
+            return None
+        left = self._away_since + self._config.gone_seconds - self._clock.monotonic()
+        return left if left > 0 else None
+
+    def _is_gone(self) -> bool:
+        away, patience = self._away_since, self._config.gone_seconds
+        return bool(patience) and away is not None and self._clock.monotonic() - away >= patience
+
+    def _give_up(self) -> None:
+        """What is in a ComfyUI that is gone waits again where another may run it; its prompt is a ghost then."""
+        if not self._slots or not self._is_gone():
+            return
+        words = f"ComfyUI {self.name} has not been reached for {self._config.gone_seconds:g} s, and others can run it"
+        for slot in self._slots.values():
+            workflow = slot.claimed.workflow
+            if not slot.cancelled and any(other.serves(workflow) for other in self._others):
+                slot.run.give_up(Verdict(result=Result.LOST, error=words, error_type="backend"))
+
+    # ---- attempts
+
     def _begin(self, claimed: Claimed, *, posted: bool, cancelled: bool = False) -> None:
         self._freed = False
-        slot = _Slot(self, claimed, posted=posted)
+        slot = Slot(claimed, self._describe(claimed.graph), self._surroundings, posted=posted)
         self._slots[claimed.attempt.prompt_id] = slot
         if claimed.workflow.final or cancelled:
-            slot.cancelled = True
-            slot.run.tell(Signal.CANCEL)
+            slot.cancel()
         self._spawn(self._attend(slot))
 
-    async def _attend(self, slot: _Slot) -> None:
+    async def _attend(self, slot: Slot) -> None:
         prompt_id = slot.claimed.attempt.prompt_id
         try:
             verdict = await self._verdict(slot)
             if verdict.result is Result.WITHDRAWN and verdict.error:
                 await asyncio.sleep(_UNREACHABLE_SECONDS)
             slot.end()
-            await self._until_stored(lambda: self._settle(slot, verdict))
+            await self._until_stored(
+                lambda: settle(self._store, self.backend, slot.claimed, verdict, now=self._clock.now_ms())
+            )
         finally:
             del self._slots[prompt_id]
             self._idle_since = self._clock.monotonic()
@@ -271,7 +337,7 @@ class Dispatcher:
             for other in self._others:  # what was withdrawn here has no event that tells them
                 other.wake()
 
-    async def _verdict(self, slot: _Slot) -> Verdict:
+    async def _verdict(self, slot: Slot) -> Verdict:
         while True:
             try:
                 return await slot.run.run()
@@ -280,34 +346,7 @@ class Dispatcher:
                 log.exception("following a prompt failed", prompt_id=slot.claimed.attempt.prompt_id)
                 await asyncio.sleep(_UNREACHABLE_SECONDS)
                 slot.renew()
-
-    async def _settle(self, slot: _Slot, verdict: Verdict) -> None:
-        prompt_id, workflow = slot.claimed.attempt.prompt_id, slot.claimed.workflow
-        now = self._clock.now_ms()
-        number = slot.claimed.attempt.number
-        match verdict.result:
-            case Result.WITHDRAWN:
-                await self._store.withdraw(prompt_id, now)
-            case Result.GONE:
-                await self._store.close_attempt(prompt_id, now)
-            case Result.LOST:
-                await self._store.lose(
-                    prompt_id,
-                    error=verdict.error or "lost",
-                    error_type="lost",
-                    now=now,
-                    retry=number < workflow.max_attempts,
-                )
-            case Result.FAILED if verdict.error_type == "oom" and number < min(workflow.max_attempts, _OOM_ATTEMPTS):
-                try:
-                    await self.backend.client.free()
-                except BackendUnavailable as error:
-                    log.warning("could not free memory", backend=self.name, reason=str(error))
-                await self._store.lose(
-                    prompt_id, error=verdict.error or "out of memory", error_type="oom", now=now, retry=True
-                )
-            case _:
-                await self._store.finish(prompt_id, _outcome(verdict, now))
+                self.wake()
 
     async def _until_stored(self, write: Callable[[], Awaitable[None]]) -> None:
         """A verdict must not be dropped because the disk is full now."""
@@ -339,109 +378,13 @@ class Dispatcher:
         await asyncio.sleep(_STORE_RETRY_SECONDS)
         self.wake()
 
-    def _backend_changed(self, backend: Backend, reason: str | None) -> None:
-        kind = BackendConnected if backend.state is BackendState.CONNECTED else BackendDisconnected
-        self.note(self._store.append(kind(timestamp=self._clock.now_ms(), backend=self.name, reason=reason)))
+    def _backend_told(self, event: StoredEvent) -> None:
+        if isinstance(event, BackendDisconnected):
+            self._away_since = self._clock.monotonic()
+        elif self.backend.up:
+            self._away_since = None
+        self.note(self._store.append(event))
         self.wake()
-
-
-class _Slot:
-    """An attempt in hand; hears it as its sink."""
-
-    def __init__(self, dispatcher: Dispatcher, claimed: Claimed, *, posted: bool) -> None:
-        self.claimed = claimed
-        self.cancelled = False
-        self.place = (claimed.workflow.rank, claimed.workflow.number)
-        self._dispatcher = dispatcher
-        self._held: list[LiveEvent] | None = None  # what came before workflow:started was on disk
-        self._nodes = dispatcher._describe(claimed.graph)  # noqa: SLF001  # a part of the dispatcher
-        self.run = self._new_run(posted=posted)
-
-    def renew(self) -> None:
-        """Follow the same prompt with a fresh run."""
-        self.run = self._new_run(posted=True)
-        if self.cancelled:
-            self.run.tell(Signal.CANCEL)
-
-    def _new_run(self, *, posted: bool) -> AttemptRun:
-        claimed = self.claimed
-        running = claimed.attempt.state is AttemptState.RUNNING
-        job = Job(
-            workflow_id=claimed.workflow.id,
-            prompt_id=claimed.attempt.prompt_id,
-            graph=claimed.graph,
-            extra_data=claimed.extra_data,
-            nodes=self._nodes,
-            timeout_seconds=claimed.workflow.timeout_seconds,
-            posted=posted,
-            start_time=claimed.attempt.start_time if running else None,
-        )
-        return AttemptRun(self._dispatcher.backend, job, self)
-
-    def started(self, start_time: int) -> None:
-        """Write the start, and see whether another may be posted ahead now."""
-        self._held = []
-        self._dispatcher.note(self._write_start(start_time))
-        self._dispatcher.wake()
-
-    async def _write_start(self, start_time: int) -> None:
-        """What is live is told after workflow:started, which waits for the disk."""
-        try:
-            await self._dispatcher._store.start(self.claimed.attempt.prompt_id, start_time)  # noqa: SLF001
-        finally:
-            held, self._held = self._held, None
-            for event in held or ():
-                self.publish(event)
-
-    def end(self) -> None:
-        """The verdict is about to be written. After it there is no more progress; nodes that ran are still told."""
-        held, self._held = self._held, None
-        for event in held or ():
-            if not isinstance(event, WorkflowProgress):
-                self.publish(event)
-
-    def ended(self) -> None:
-        """The next may go there while the verdict of this one is read and written."""
-        self._dispatcher.wake()
-
-    def produced(self, node_id: str, outputs: tuple[Output, ...]) -> None:
-        """Tell of outputs as they appear; the verdict's list is the one that counts."""
-        dispatcher = self._dispatcher
-        event = ImagesGenerated(
-            timestamp=dispatcher._clock.now_ms(),  # noqa: SLF001
-            workflow_id=self.claimed.workflow.id,
-            node_id=node_id,
-            outputs=outputs,
-        )
-        dispatcher.note(dispatcher._store.append(event, patient=True))  # noqa: SLF001
-
-    def publish(self, event: LiveEvent) -> None:
-        """Pass on what is live."""
-        if self.cancelled:
-            return
-        if isinstance(event, WorkflowProgress):
-            self._dispatcher._live[self.claimed.workflow.id] = event  # noqa: SLF001
-        if self._held is not None:
-            self._held.append(event)
-            return
-        self._dispatcher._events.publish(event)  # noqa: SLF001
-
-
-def _outcome(verdict: Verdict, now: int) -> Outcome:
-    return Outcome(
-        status=Status(verdict.result.value),
-        start_time=verdict.start_time,
-        completion_time=verdict.end_time or now,
-        outputs=verdict.outputs,
-        outputs_reused=verdict.outputs_reused,
-        nodes=verdict.nodes,
-        progress=verdict.progress,
-        error=verdict.error,
-        error_type=verdict.error_type,
-        errors=verdict.errors,
-        node_id=verdict.node_id,
-        node_type=verdict.node_type,
-    )
 
 
 async def _as_coroutine(work: Awaitable[None]) -> None:

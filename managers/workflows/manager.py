@@ -1,4 +1,4 @@
-"""What routes ask of the queue: hand in, look, wait, cancel, retry, reorder, pause.
+"""What routes ask of the queue: hand in, look, wait, cancel, reorder, pause. (To run again: `replay`.)
 
 Must never know of HTTP, nor of a database: it checks a graph, gives it to the store, and wakes the dispatchers.
 """
@@ -15,7 +15,7 @@ from msgspec import Raw, Struct
 
 from managers.clock import Clock, IdMaker
 from managers.comfyui.catalogs import Catalogs
-from managers.comfyui.graph import REFUSED, parse_graph
+from managers.comfyui.graph import MAX_TEXT, REFUSED, find_long_text, parse_graph
 from managers.comfyui.object_info import Catalog
 from managers.comfyui.tracker import GraphNode, describe
 from managers.comfyui.validation import Validation, concerned_classes, validate
@@ -52,7 +52,10 @@ class QueueConfig(Struct, frozen=True, kw_only=True):
 
 
 class Submission(Struct, frozen=True, kw_only=True):
-    """What a client hands in; `graph` and `extra_data` are JSON text. None: the configured value."""
+    """What a client hands in; `graph` and `extra_data` are JSON text. None: the configured value.
+
+    `submitted_by` is the name of a key, of which `max_queued` may wait; None: as many as there is room for.
+    """
 
     graph: bytes
     priority: Priority = Priority.NORMAL
@@ -62,6 +65,8 @@ class Submission(Struct, frozen=True, kw_only=True):
     extra_data: bytes | None = None
     max_attempts: int | None = None
     timeout_seconds: float | None = None
+    submitted_by: str | None = None
+    max_queued: int | None = None
 
 
 class DryRun(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -116,6 +121,7 @@ class WorkflowManager:
         self._catalogs = Catalogs([])
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._draining = False
+        self._leaving = False
 
     def attach(self, dispatchers: Sequence[Dispatcher]) -> None:
         """Name those who do the work."""
@@ -134,14 +140,16 @@ class WorkflowManager:
         """No new work is taken."""
         return self._draining
 
-    def drain(self) -> None:
-        """Refuse new work and hand out none; what runs, runs on."""
+    def drain(self, *, leaving: bool = True) -> None:
+        """Refuse new work and hand out none; what runs, runs on. `leaving`: nobody can wait for its end here."""
         self._draining = True
-        for watchers in self._watchers.values():
-            for changed in watchers:
-                changed.set()
+        self._leaving = self._leaving or leaving
+        if leaving:
+            for watchers in self._watchers.values():
+                for changed in watchers:
+                    changed.set()
         for dispatcher in self.dispatchers:
-            dispatcher.drain()
+            dispatcher.halt(take_back=not leaving)
 
     def committed(self, pairs: Sequence[tuple[StoredEvent, StoredFrame]]) -> None:
         """The store's commit listener: tell everybody, wake who may have work, end who waited for an end."""
@@ -170,16 +178,20 @@ class WorkflowManager:
         """Check and store.
 
         Raises `InvalidRequest`, `InvalidWorkflow` (strict), `Conflict`, `IdempotencyMismatch`, `QueueFull`,
-        `Draining`.
+        `ShareFull`, `Draining`.
         """
+        if key is not None and (replayed := await self.store.first_reply(key)) is not None:
+            return replayed
         if self._draining:
             raise Draining("The service is about to stop and takes no new work")
         checked, node_total = await self._check(submission, strict=strict)
         if strict and checked.findings:
             raise InvalidWorkflow("The workflow has errors, and strict handling was asked for", checked.findings)
         failure = _failure(checked.findings)
+        unfit: tuple[str, ...] = ()
         if failure is None:
-            any(self._dispatchers[name].expect() for name in self._eligible(submission.gpu))
+            unfit = tuple(name for name in self._eligible(submission.gpu) if name not in checked.eligible)
+            any(self._dispatchers[name].expect() for name in checked.eligible)
         now = self._clock.now_ms()
         return await self.store.submit(
             NewWorkflow(
@@ -197,9 +209,12 @@ class WorkflowManager:
                 failure=failure,
                 node_total=node_total,
                 retry_of=retry_of,
+                submitted_by=submission.submitted_by,
+                unfit=unfit,
             ),
             key=key,
             max_waiting=self._config.max_waiting,
+            max_queued=submission.max_queued,
         )
 
     async def dry_run(self, submission: Submission, *, strict: bool = False) -> DryRun:
@@ -215,23 +230,6 @@ class WorkflowManager:
             eligible_backends=tuple(checked.eligible),
             queue_position=0 if bad else self.store.ahead(submission.gpu, place),
         )
-
-    async def retry(self, workflow_id: str) -> Submitted:
-        """The same again as a new workflow. Raises `NotFound`, and `Conflict` unless it failed or was cancelled."""
-        old = await self.store.get(workflow_id)
-        if old.status not in (Status.FAILED, Status.CANCELLED):
-            raise Conflict(f"Workflow {workflow_id} is {old.status} and cannot be retried", old.status)
-        graph, extra_data = await self.store.graph(workflow_id)
-        again = Submission(
-            graph=graph,
-            extra_data=extra_data,
-            priority=old.priority,
-            gpu=old.gpu,
-            metadata=old.metadata,
-            max_attempts=old.max_attempts,
-            timeout_seconds=old.timeout_seconds,
-        )
-        return await self.submit(again, retry_of=workflow_id)
 
     # ---- look
 
@@ -257,7 +255,7 @@ class WorkflowManager:
             workflow = await self.store.get(workflow_id)
             try:
                 async with asyncio.timeout(seconds):
-                    while not (workflow.final or self._draining):
+                    while not (workflow.final or self._leaving):
                         await changed.wait()
                         changed.clear()
                         workflow = await self.store.get(workflow_id)
@@ -274,7 +272,7 @@ class WorkflowManager:
                 for frame in await self.store.events_of(workflow_id, after):
                     after = frame.seq
                     yield frame
-                if workflow.final or self._draining:
+                if workflow.final or self._leaving:
                     return
                 await changed.wait()
 
@@ -342,6 +340,8 @@ class WorkflowManager:
         graph = _decoded(submission.graph, "/workflow")
         if submission.extra_data is not None and not isinstance(_decoded(submission.extra_data, "/extraData"), dict):
             raise _invalid("extraData must be an object", "/extraData")
+        if len(submission.graph) > MAX_TEXT and (long := await asyncio.to_thread(find_long_text, graph)) is not None:
+            raise InvalidRequest(long.message, [long])
         checked = await _validated(graph, await self._catalogs.current(names))
         refused = [finding for finding in checked.findings if finding.code in REFUSED]
         if refused:

@@ -77,7 +77,8 @@ class Workflow(Struct, frozen=True, kw_only=True):
     """One accepted workflow as it is on disk. Times are epoch ms.
 
     `number` is the order of acceptance, `attempt` the number of the attempt in hand (0: none was posted yet);
-    `timeout_seconds` counts from execution_start. `submitted_by` is the name of a key.
+    `timeout_seconds` counts from execution_start. `submitted_by` is the name of a key. No backend in
+    `unfit` is to get it: it lacked a class of the graph, where another had all, when the workflow came in.
     """
 
     id: str
@@ -104,6 +105,7 @@ class Workflow(Struct, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
     retry_of: str | None = None
     submitted_by: str | None = None
+    unfit: tuple[str, ...] = ()
 
     @property
     def final(self) -> bool:
@@ -132,6 +134,7 @@ class NewWorkflow(Struct, frozen=True, kw_only=True):
     node_total: int = 0
     retry_of: str | None = None
     submitted_by: str | None = None
+    unfit: tuple[str, ...] = ()
 
 
 class IdempotencyKey(Struct, frozen=True):
@@ -145,12 +148,13 @@ class IdempotencyKey(Struct, frozen=True):
 class Submitted(Struct, frozen=True):
     """A workflow on disk, and its place when it was accepted. `replayed`: an earlier request had stored it.
 
-    `status` is the status the first reply told, whatever became of it since.
+    `status` and `errors` are what the first reply told, whatever became of it since.
     """
 
     workflow: Workflow
     queue_position: int
     status: Status
+    errors: tuple[Finding, ...] = ()
     replayed: bool = False
 
 
@@ -214,6 +218,7 @@ class Filter(Struct, frozen=True, kw_only=True):
     status: Status | None = None
     gpu: str | None = None
     error_type: ErrorType | None = None
+    submitted_by: str | None = None
     since: int | None = None
     limit: int = 50
     cursor: str | None = None

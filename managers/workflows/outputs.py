@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
-from managers.comfyui.backend import Backend, folder_of
+from managers.comfyui.backend import Backend
+from managers.comfyui.measuring import folder_of
 from managers.comfyui.remote_file import RemoteFile, describe_remote
-from managers.errors import Gone, InvalidRequest, NotFound
-from managers.events.types import Output
+from managers.errors import Conflict, Gone, InvalidRequest, NotFound
+from managers.events.types import Finding, Output
 from managers.files import OutputFile
 from managers.files.outputs import describe
 from managers.workflows.store import WorkflowStore
 
 
 class OutputDoor:
-    """Opens outputs of every backend."""
+    """Opens outputs of every backend, and says where they may be deleted."""
 
     def __init__(self, store: WorkflowStore, backends: Sequence[Backend]) -> None:
         self._store = store
@@ -48,9 +50,33 @@ class OutputDoor:
         """
         if folder not in ("output", "temp", "input"):
             raise InvalidRequest("type is output, temp or input")
-        if backend is not None and backend not in self._backends:
-            raise InvalidRequest(f"There is no backend named {backend[:64]!r}; known: {', '.join(self._backends)}")
-        return await self._open(self._backend(backend or next(iter(self._backends))), path, folder)
+        return await self._open(self._named(backend), path, folder)
+
+    def folder_to_delete_in(self, backend: str | None, folder: str) -> Path:
+        """The folder that `on_backend` reads from, where it is ours to change.
+
+        Raises `InvalidRequest`, and `Conflict` where it is another machine's, or is not for what runs wrote.
+        """
+        found = self._named(backend)
+        if folder not in ("output", "temp"):
+            raise Conflict(f"Files of the type {folder} are not what a run wrote: they are not deleted here", folder)
+        if found.config.outputs is None:
+            raise Conflict(
+                f"The folders of the backend {found.name} are not known to be on this machine: delete it there",
+                "elsewhere",
+            )
+        return folder_of(found.config.outputs, folder)
+
+    def _named(self, backend: str | None) -> Backend:
+        if backend is None:
+            return next(iter(self._backends.values()))
+        if backend not in self._backends:
+            known = list(self._backends)
+            message = f"There is no backend named {backend[:64]!r}; known: {', '.join(known)}"
+            raise InvalidRequest(
+                message, [Finding(code="unknown_backend", message=message, input="backend", allowed=known)]
+            )
+        return self._backends[backend]
 
     def _backend(self, name: str | None) -> Backend:
         if name not in self._backends:

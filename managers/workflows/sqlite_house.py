@@ -23,6 +23,7 @@ from managers.errors import Conflict, NotFound, StoreUnavailable
 from managers.events.types import StoredEvent
 from managers.workflows import sqlite_statements as sql
 from managers.workflows.model import Priority, Status, rank
+from managers.workflows.sqlite_rows import names_of
 from managers.workflows.sqlite_schema import (
     FILE_NAME,
     MIGRATIONS,
@@ -138,7 +139,7 @@ def _take(directory: Path) -> IO[str]:
 def _load(connection: sqlite3.Connection, aging_seconds: float) -> tuple[Line, Line]:
     """Two equal lines of what waits. Ranks follow the aging of today, and the file with them."""
     entries, moved, running = [], [], 0
-    for number, workflow_id, status, priority, gpu, old, created_at in connection.execute(sql.LIVE):
+    for number, workflow_id, status, priority, gpu, old, created_at, submitter, unfit in connection.execute(sql.LIVE):
         place = rank(Priority(priority), created_at, aging_seconds)
         if place != old:
             moved.append((place, number))
@@ -146,7 +147,7 @@ def _load(connection: sqlite3.Connection, aging_seconds: float) -> tuple[Line, L
             running += 1
         else:
             level = CLASSES.index(Priority(priority))
-            entries.append(Entry(place, number, workflow_id, gpu, level, created_at))
+            entries.append(Entry(place, number, workflow_id, gpu, level, created_at, submitter, names_of(unfit)))
     if moved:
         connection.execute("BEGIN IMMEDIATE")
         connection.executemany(sql.UPDATE_RANK, moved)

@@ -52,7 +52,7 @@ def claim(
     transaction: Transaction, *, backend: str, pools: Collection[str], prompt_id: str, now: int
 ) -> Claimed | None:
     """Store an attempt for the first that waits free in these pools."""
-    entry = transaction.line.next(pools)
+    entry = transaction.line.next(pools, backend)
     if entry is None:
         return None
     before = workflow_of(transaction.execute(sql.GET_WORKFLOW_BY_NUMBER, (entry.number,)).fetchone())
@@ -309,7 +309,16 @@ def _move_attempt(
 
 def _entry(workflow: Workflow) -> Entry:
     level = CLASSES.index(workflow.priority)
-    return Entry(workflow.rank, workflow.number, workflow.id, workflow.gpu, level, workflow.created_at)
+    return Entry(
+        workflow.rank,
+        workflow.number,
+        workflow.id,
+        workflow.gpu,
+        level,
+        workflow.created_at,
+        workflow.submitted_by,
+        workflow.unfit,
+    )
 
 
 def enter(transaction: Transaction, workflow: Workflow) -> int:

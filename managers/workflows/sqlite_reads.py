@@ -52,6 +52,7 @@ def page(connection: sqlite3.Connection, wanted: Filter) -> Page:
         "status": wanted.status and wanted.status.value,
         "gpu": wanted.gpu,
         "error_type": wanted.error_type,
+        "submitted_by": wanted.submitted_by,
         "since": wanted.since,
         "limit": wanted.limit + 1,
     }
@@ -59,6 +60,7 @@ def page(connection: sqlite3.Connection, wanted: Filter) -> Page:
         ("status", sql.LIST_BY_STATUS),
         ("gpu", sql.LIST_BY_GPU),
         ("error_type", sql.LIST_BY_ERROR_TYPE),
+        ("submitted_by", sql.LIST_BY_SUBMITTER),
         ("since", sql.LIST_SINCE),
     ):
         if values[name] is not None:

@@ -25,6 +25,7 @@ _STATUS = {status.value: status for status in Status}
 _PRIORITY = {priority.value: priority for priority in Priority}
 _encoder = msgspec.json.Encoder()
 _findings = msgspec.json.Decoder(tuple[Finding, ...])
+_names = msgspec.json.Decoder(tuple[str, ...])
 _outputs = msgspec.json.Decoder(tuple[Output, ...])
 
 _WORTH_PACKING = 4096  # bytes: a page of the file. Below it there is little to save, and a commit would wait for it
@@ -50,7 +51,7 @@ def workflow_of(row: Row) -> Workflow:
     (
         id_, number, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds, attempt,
         backend, prompt_id, start_time, completion_time, progress, total, done, cached,
-        error, error_type, errors, outputs_reused, metadata, retry_of, submitted_by, outputs,
+        error, error_type, errors, outputs_reused, metadata, retry_of, submitted_by, unfit, outputs,
     ) = row[:WORKFLOW_WIDTH]  # fmt: skip
     return Workflow(
         id=id_,
@@ -71,13 +72,29 @@ def workflow_of(row: Row) -> Workflow:
         nodes=NodeCounts(total=total, done=done, cached=cached),
         error=error,
         error_type=error_type,
-        errors=_findings.decode(errors) if errors else (),
+        errors=findings_of(errors),
         outputs=_outputs.decode(f"[{outputs}]") if outputs else (),
         outputs_reused=bool(outputs_reused),
         metadata=msgspec.json.decode(metadata) if metadata else None,
         retry_of=retry_of,
         submitted_by=submitted_by,
+        unfit=names_of(unfit),
     )
+
+
+def findings_of(stored: str | None) -> tuple[Finding, ...]:
+    """A JSON list of findings; most often there is none."""
+    return _findings.decode(stored) if stored else ()
+
+
+def findings_text(findings: tuple[Finding, ...]) -> str | None:
+    """What `findings_of` reads."""
+    return _json(findings)
+
+
+def names_of(stored: str | None) -> tuple[str, ...]:
+    """A JSON list of names; most often there is none."""
+    return _names.decode(stored) if stored else ()
 
 
 def new_record(new: NewWorkflow, number: int) -> Workflow:
@@ -100,6 +117,7 @@ def new_record(new: NewWorkflow, number: int) -> Workflow:
         metadata=new.metadata,
         retry_of=new.retry_of,
         submitted_by=new.submitted_by,
+        unfit=new.unfit,
     )
 
 
@@ -123,6 +141,7 @@ def inserted(workflow: Workflow) -> Row:
         None if workflow.metadata is None else _json(workflow.metadata),
         workflow.retry_of,
         workflow.submitted_by,
+        _json(workflow.unfit),
     )
 
 
@@ -220,5 +239,6 @@ def read_cursor(cursor: str) -> int:
     except (ValueError, binascii.Error):
         number, text = 0, ""
     if not 0 < number < 2**63 or write_cursor(number) != cursor:
-        raise InvalidRequest("The cursor is none that this service gave")
+        message = "The cursor is none that this service gave"
+        raise InvalidRequest(message, [Finding(code="invalid_query", message=message, input="cursor")])
     return number

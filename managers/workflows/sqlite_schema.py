@@ -120,7 +120,10 @@ CREATE TABLE setting (
 
 _KEYS_AND_DEATHS = """
 ALTER TABLE workflow ADD COLUMN submitted_by TEXT;              -- the name of a key
+ALTER TABLE workflow ADD COLUMN unfit TEXT;                     -- JSON list of backends that lack a class of it
 ALTER TABLE attempt ADD COLUMN died INTEGER NOT NULL DEFAULT 0; -- its ComfyUI died while it executed
+ALTER TABLE idempotency ADD COLUMN errors TEXT;                -- JSON list of findings, as the reply told them
+UPDATE idempotency SET scope = 'admin ' || scope;               -- there was one key only
 """
 
 MIGRATIONS = (_FIRST, _KEYS_AND_DEATHS)

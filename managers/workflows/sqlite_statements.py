@@ -11,9 +11,10 @@ _OUTPUTS = "(SELECT group_concat(data, ',') FROM (SELECT data FROM output WHERE 
 _WORKFLOW = (
     "w.id, w.number, w.status, w.priority, w.gpu, w.rank, w.created_at, w.max_attempts, w.timeout_seconds, w.attempt,"
     " w.backend, w.prompt_id, w.start_time, w.completion_time, w.progress, w.node_total, w.node_done, w.node_cached,"
-    f" w.error, w.error_type, w.errors, w.outputs_reused, w.metadata, w.retry_of, w.submitted_by, {_OUTPUTS}"
+    f" w.error, w.error_type, w.errors, w.outputs_reused, w.metadata, w.retry_of, w.submitted_by, w.unfit,"
+    f" {_OUTPUTS}"
 )
-WORKFLOW_WIDTH = 26
+WORKFLOW_WIDTH = 27
 
 _ATTEMPT = (
     "a.prompt_id, w.id, a.number, a.backend, a.state, a.created_at, a.start_time, a.end_time, a.error, a.error_type,"
@@ -27,7 +28,7 @@ _OPEN = "a.state IN ('posted', 'running')"
 
 INSERT_WORKFLOWS = (
     "INSERT INTO workflow (number, id, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds,"
-    " completion_time, node_total, error, error_type, errors, metadata, retry_of, submitted_by) VALUES "
+    " completion_time, node_total, error, error_type, errors, metadata, retry_of, submitted_by, unfit) VALUES "
 )
 INSERT_GRAPHS = "INSERT INTO workflow_graph (workflow, graph, extra_data) VALUES "
 INSERT_EVENTS = "INSERT INTO event (seq, type, workflow, workflow_id, created_at, data) VALUES "
@@ -50,11 +51,11 @@ UPDATE_ATTEMPT = (
 )
 
 INSERT_IDEMPOTENCY = (
-    "INSERT OR REPLACE INTO idempotency (scope, key, body_hash, workflow, queue_position, status, created_at)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?)"
+    "INSERT OR REPLACE INTO idempotency (scope, key, body_hash, workflow, queue_position, status, errors,"
+    " created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
 )
 FIND_IDEMPOTENCY = (
-    "SELECT body_hash, workflow, queue_position, status FROM idempotency"
+    "SELECT body_hash, workflow, queue_position, status, errors FROM idempotency"
     " WHERE scope = ? AND key = ? AND created_at > ?"
 )
 PRUNE_IDEMPOTENCY = (
@@ -100,7 +101,8 @@ LAST_NUMBER = "SELECT coalesce(max(number), 0) FROM workflow"
 LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM event"
 FIRST_SEQ = "SELECT min(seq) FROM event"
 LIVE = (
-    "SELECT number, id, status, priority, gpu, rank, created_at FROM workflow WHERE status IN ('queued', 'running')"
+    "SELECT number, id, status, priority, gpu, rank, created_at, submitted_by, unfit FROM workflow"
+    " WHERE status IN ('queued', 'running')"
 )
 HELD = f"SELECT DISTINCT w.id FROM attempt a JOIN workflow w ON w.number = a.workflow WHERE {_OPEN}"
 
@@ -118,6 +120,7 @@ LIST_WORKFLOWS = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.number < :before"
 LIST_BY_STATUS = " AND w.status = :status"
 LIST_BY_GPU = " AND w.gpu = :gpu"
 LIST_BY_ERROR_TYPE = " AND w.error_type = :error_type"
+LIST_BY_SUBMITTER = " AND w.submitted_by = :submitted_by"
 LIST_SINCE = " AND w.created_at >= :since"
 LIST_ORDER = " ORDER BY w.number DESC LIMIT :limit"
 

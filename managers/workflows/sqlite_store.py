@@ -83,16 +83,25 @@ class SqliteStore:
     # ---- one workflow in, through, and out
 
     async def submit(
-        self, new: NewWorkflow, *, key: IdempotencyKey | None = None, max_waiting: int | None = None
+        self,
+        new: NewWorkflow,
+        *,
+        key: IdempotencyKey | None = None,
+        max_waiting: int | None = None,
+        max_queued: int | None = None,
     ) -> Submitted:
         """See the port."""
         if len(new.graph) + len(new.extra_data or b"") > _LONG:
-            one = await self._in_thread(sqlite_submit.submission, new, max_waiting)
+            one = await self._in_thread(sqlite_submit.submission, new, max_waiting, max_queued)
         else:
-            one = sqlite_submit.submission(new, max_waiting)
+            one = sqlite_submit.submission(new, max_waiting, max_queued)
         if key is None:
             return await self._open_writer().join(sqlite_submit.submit, one)
         return await self._write(sqlite_submit.submit_once, one, key, self._clock.now_ms())
+
+    async def first_reply(self, key: IdempotencyKey) -> Submitted | None:
+        """See the port."""
+        return await self._read(sqlite_submit.first_reply, key, self._clock.now_ms())
 
     async def claim(self, *, backend: str, pools: Collection[str], prompt_id: str, now: int) -> Claimed | None:
         """See the port."""
@@ -175,9 +184,9 @@ class SqliteStore:
         """See the port."""
         return self._line.ahead(gpu, rank)
 
-    def next_in_line(self, pools: Collection[str]) -> tuple[int, int] | None:
+    def next_in_line(self, pools: Collection[str], backend: str) -> tuple[int, int] | None:
         """See the port."""
-        entry = self._line.next(pools)
+        entry = self._line.next(pools, backend)
         return None if entry is None else (entry.rank, entry.number)
 
     def counts(self) -> QueueCounts:

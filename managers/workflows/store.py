@@ -53,17 +53,28 @@ class WorkflowStore(EventLog, Protocol):
     # ---- one workflow in, through, and out
 
     async def submit(
-        self, new: NewWorkflow, *, key: IdempotencyKey | None = None, max_waiting: int | None = None
+        self,
+        new: NewWorkflow,
+        *,
+        key: IdempotencyKey | None = None,
+        max_waiting: int | None = None,
+        max_queued: int | None = None,
     ) -> Submitted:
         """Store the workflow (queued, or failed when `new.failure` says so) and its event.
 
-        Raises `Conflict` when the id is known, `IdempotencyMismatch`, and `QueueFull` when `max_waiting` wait.
+        Raises `Conflict` when the id is known, `IdempotencyMismatch`, `QueueFull` when `max_waiting` wait, and
+        `ShareFull` when `max_queued` of the same `submitted_by` do.
         The same key with the same body within 24 h gives the first result with `replayed`, and is looked at first.
         """
         ...
 
+    async def first_reply(self, key: IdempotencyKey) -> Submitted | None:
+        """What a `submit` with this key returned within 24 h, `replayed`. Raises `IdempotencyMismatch`."""
+        ...
+
     async def claim(self, *, backend: str, pools: Collection[str], prompt_id: str, now: int) -> Claimed | None:
-        """Take the next queued workflow of these pools that has no open attempt; store the attempt as POSTED.
+        """Take the next queued workflow of these pools that has no open attempt and for which the backend is not
+        `unfit`; store the attempt as POSTED.
 
         The workflow stays queued, with `backend`, `prompt_id` and `attempt` set. None: nothing waits, or paused.
         """
@@ -149,7 +160,7 @@ class WorkflowStore(EventLog, Protocol):
         """How many wait for this pool and would start before a workflow that came now with this rank. From memory."""
         ...
 
-    def next_in_line(self, pools: Collection[str]) -> tuple[int, int] | None:
+    def next_in_line(self, pools: Collection[str], backend: str) -> tuple[int, int] | None:
         """(rank, number) of what `claim` would take, or None. From memory."""
         ...
 

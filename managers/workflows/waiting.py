@@ -7,6 +7,7 @@ ahead of the disk and one that follows it, and feeds the second with the `Change
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterable
 from enum import Enum
 
@@ -21,7 +22,8 @@ CLASSES = tuple(Priority)
 class Entry(Struct, frozen=True, order=True, gc=False):
     """One waiting workflow. The order of the fields is the order of the line: rank, then acceptance.
 
-    `level` is the index of its class in `CLASSES`.
+    `level` is the index of its class in `CLASSES`, `submitter` the name of the key that handed it in,
+    `unfit` the backends that must not have it.
     """
 
     rank: int
@@ -30,6 +32,8 @@ class Entry(Struct, frozen=True, order=True, gc=False):
     gpu: str
     level: int
     created_at: int
+    submitter: str | None = None
+    unfit: tuple[str, ...] = ()
 
 
 class Act(Enum):
@@ -67,6 +71,7 @@ class Line:
         self._pools: dict[str, tuple[SortedList, ...]] = {}
         self._entries: dict[str, Entry] = {}
         self._held: set[int] = set()
+        self._submitters: Counter[str | None] = Counter()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -78,6 +83,10 @@ class Line:
     def held(self, entry: Entry) -> bool:
         """Whether it has an open attempt."""
         return entry.number in self._held
+
+    def of_submitter(self, name: str | None) -> int:
+        """How many of this key wait."""
+        return self._submitters[name]
 
     def position(self, entry: Entry) -> int:
         """How many of the same pool are before it; the held ones count, they wait too."""
@@ -92,12 +101,16 @@ class Line:
         newest = Entry(rank=rank, number=sys.maxsize, id="", gpu=gpu, level=0, created_at=0)
         return sum(line.bisect_right(newest) for line in self._pools.get(gpu, ()))
 
-    def next(self, pools: Collection[str]) -> Entry | None:
-        """The first of these pools that nobody holds; None when there is none, or when paused."""
+    def next(self, pools: Collection[str], backend: str) -> Entry | None:
+        """The first of these pools that nobody holds and this backend may have; None also when paused."""
         if self.paused:
             return None
+        held = self._held
         lines = (line for gpu in pools for line in self._pools.get(gpu, ()))
-        heads = (next((entry for entry in line if entry.number not in self._held), None) for line in lines)
+        heads = (
+            next((entry for entry in line if entry.number not in held and backend not in entry.unfit), None)
+            for line in lines
+        )
         return min((head for head in heads if head is not None), default=None)
 
     def counts(self) -> QueueCounts:
@@ -115,6 +128,7 @@ class Line:
     def fill(self, entries: Iterable[Entry]) -> None:
         """Many at once, into an empty line: much quicker than one by one."""
         self._entries = {entry.id: entry for entry in entries}
+        self._submitters = Counter(entry.submitter for entry in self._entries.values())
         by_pool: dict[str, tuple[list[Entry], ...]] = {}
         for entry in self._entries.values():
             by_pool.setdefault(entry.gpu, tuple([] for _ in CLASSES))[entry.level].append(entry)
@@ -131,9 +145,13 @@ class Line:
                 lines = self._pools[entry.gpu] = tuple(SortedList() for _ in CLASSES)
             lines[entry.level].add(entry)
             self._entries[entry.id] = entry
+            self._submitters[entry.submitter] += 1
         elif act is Act.LEAVE:
             self._pools[entry.gpu][entry.level].remove(entry)
             del self._entries[entry.id]
+            self._submitters[entry.submitter] -= 1
+            if not self._submitters[entry.submitter]:
+                del self._submitters[entry.submitter]  # keys come and go
         elif act is Act.HOLD:
             self._held.add(entry.number)
         elif act is Act.FREE:

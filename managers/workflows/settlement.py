@@ -1,0 +1,69 @@
+"""What the record makes of a verdict: the classes of failure, and what follows each (docs/reliability.md).
+
+Must never ask ComfyUI where a prompt is: the verdict is in, and it is the only one.
+"""
+
+from __future__ import annotations
+
+import structlog
+
+from managers.comfyui.backend import Backend
+from managers.comfyui.verdicts import Result, Verdict
+from managers.errors import BackendUnavailable
+from managers.workflows.model import Claimed, Outcome, Status
+from managers.workflows.store import WorkflowStore
+
+log = structlog.get_logger(__name__)
+
+
+async def settle(store: WorkflowStore, backend: Backend, claimed: Claimed, verdict: Verdict, *, now: int) -> None:
+    """Write it down; may be called again when the disk was full. `now` is epoch ms. Raises `StoreUnavailable`."""
+    prompt_id = claimed.attempt.prompt_id
+    remain = claimed.attempt.number < claimed.workflow.max_attempts
+    match verdict.result:
+        case Result.WITHDRAWN:
+            await store.withdraw(prompt_id, now)
+        case Result.GONE:
+            await store.close_attempt(prompt_id, now)
+        case Result.LOST:
+            await store.lose(
+                prompt_id,
+                error=verdict.error or "lost",
+                error_type=verdict.error_type or "lost",
+                now=now,
+                retry=remain,
+                died=verdict.died,
+            )
+        case Result.FAILED if verdict.error_type == "oom" and remain and not await _oom_before(store, claimed):
+            try:
+                await backend.client.free()
+            except BackendUnavailable as error:
+                log.warning("could not free memory", backend=backend.name, reason=str(error))
+            words = verdict.error or "out of memory"
+            await store.lose(prompt_id, error=words, error_type="oom", now=now, retry=True)
+        case _:
+            await store.finish(prompt_id, _outcome(verdict, now))
+
+
+async def _oom_before(store: WorkflowStore, claimed: Claimed) -> bool:
+    """Memory was freed for it once already."""
+    return claimed.attempt.number > 1 and any(
+        attempt.error_type == "oom" for attempt in await store.attempts(claimed.workflow.id)
+    )
+
+
+def _outcome(verdict: Verdict, now: int) -> Outcome:
+    return Outcome(
+        status=Status(verdict.result.value),
+        start_time=verdict.start_time,
+        completion_time=verdict.end_time or now,
+        outputs=verdict.outputs,
+        outputs_reused=verdict.outputs_reused,
+        nodes=verdict.nodes,
+        progress=verdict.progress,
+        error=verdict.error,
+        error_type=verdict.error_type,
+        errors=verdict.errors,
+        node_id=verdict.node_id,
+        node_type=verdict.node_type,
+    )
