@@ -60,4 +60,4 @@ def uncharged(dispatchers: list[Dispatcher], name: str) -> None:
     """What executes there is lost by our own hand: no workflow is charged with that death."""
     for dispatcher in dispatchers:
         if dispatcher.name == name:
-            dispatcher.backend.watchdog.broke(charged=False)
+            dispatcher.backend.excuse_break()

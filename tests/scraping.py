@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import Metric
 Sample = tuple[str, frozenset[tuple[str, str]]]
 
 
-def sample(name: str, **labels: str) -> Sample:
+def sample(name: str, /, **labels: str) -> Sample:
     return name, frozenset(labels.items())
 
 
@@ -22,10 +22,11 @@ def nodes(node_type: str) -> Sample:
 
 
 def values(families: Iterable[Metric]) -> dict[Sample, float]:
-    """Every sample of the service's own that may be compared: no buckets, nothing of HTTP or the process."""
+    """Every sample of the service's own that may be compared: no buckets, no ages, nothing of HTTP or the process."""
     return {
         sample(one.name, **one.labels): one.value
         for family in families
         for one in family.samples
-        if not one.name.endswith("_bucket") and not one.name.startswith(("http_", "process_", "api_"))
+        if not one.name.endswith("_bucket")
+        and not one.name.startswith(("http_", "process_", "api_", "comfyui_backend_silent_"))
     }

@@ -40,7 +40,7 @@ class StoreContract(ReadingContract):
         aged = await kit.submit(Priority.LOW, created_at=old, rank=rank(Priority.LOW, old, AGING_SECONDS))
         order = [aged.id, high.id, first.id, second.id, low.id]
         assert [kit.store.position(one) for one in order] == [0, 1, 2, 3, 4]
-        assert kit.store.next_in_line(["local"]) == (aged.rank, aged.number)
+        assert kit.store.next_in_line(["local"], "local") == (aged.rank, aged.number)
         assert [(await kit.claim()).workflow.id for _ in order] == order
         assert await kit.store.claim(backend="a", pools=["local"], prompt_id="p", now=0) is None
 
@@ -60,7 +60,7 @@ class StoreContract(ReadingContract):
         assert claimed.attempt.state is AttemptState.POSTED
         assert await kit.store.open_attempts() == [claimed]
         assert kit.store.position(submitted.id) == 0
-        assert kit.store.next_in_line(["local"]) is None
+        assert kit.store.next_in_line(["local"], "local") is None
         assert kit.told() == ["workflow:queued"]
 
     async def test_claims_at_once_never_share_a_workflow(self, kit: Kit) -> None:
@@ -84,7 +84,7 @@ class StoreContract(ReadingContract):
         assert kit.store.counts().paused
         await kit.reopen()
         assert kit.store.counts().paused
-        assert kit.store.next_in_line(["local"]) is None
+        assert kit.store.next_in_line(["local"], "local") is None
         assert await kit.store.claim(backend="a", pools=["local"], prompt_id="p", now=0) is None
         await kit.store.set_paused(False)
         await kit.reopen()
@@ -209,6 +209,19 @@ class StoreContract(ReadingContract):
         assert await kit.store.lose(prompt, error="gone", error_type="lost", now=1, retry=True) is None
         assert kit.store.counts().running == 0
 
+    async def test_an_unfit_backend_takes_what_stands_behind(self, kit: Kit) -> None:
+        first, second = await kit.submit(unfit=("a",)), await kit.submit()
+        assert kit.store.next_in_line(["local"], "a") == (second.rank, second.number)
+        assert kit.store.next_in_line(["local"], "b") == (first.rank, first.number)
+        await kit.reopen()
+        taken = await kit.store.claim(backend="a", pools=["local"], prompt_id="p", now=1)
+        assert taken is not None
+        assert taken.workflow.id == second.id
+        assert await kit.store.claim(backend="a", pools=["local"], prompt_id="q", now=1) is None
+        other = await kit.store.claim(backend="b", pools=["local"], prompt_id="q", now=1)
+        assert other is not None
+        assert other.workflow.unfit == ("a",)
+
     async def test_the_second_death_is_poison_whatever_was_asked_for(self, kit: Kit) -> None:
         workflow = await kit.submit()
         for prompt, died in (("p1", False), ("p2", True), ("p3", False)):
@@ -251,9 +264,9 @@ class StoreContract(ReadingContract):
         claimed = await kit.claim()
         assert claimed.workflow.id == second.id
         await kit.store.set_priority(second.id, Priority.LOW)
-        assert kit.store.next_in_line(["local"]) == (first.rank, first.number)
+        assert kit.store.next_in_line(["local"], "local") == (first.rank, first.number)
         await kit.store.set_priority(second.id, Priority.HIGH)
-        assert kit.store.next_in_line(["local"]) == (first.rank, first.number)
+        assert kit.store.next_in_line(["local"], "local") == (first.rank, first.number)
         await kit.store.start(claimed.attempt.prompt_id, 1)
         with pytest.raises(Conflict) as caught:
             await kit.store.set_priority(second.id, Priority.HIGH)

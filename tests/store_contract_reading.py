@@ -51,7 +51,7 @@ class ReadingContract(SubmittingContract):
         done, prompt = await kit.running()
         await kit.store.finish(prompt, kit.outcome(outputs=(image("x.png"),)))
         failed = await kit.submit(failure="no", gpu="b")
-        waiting = await kit.submit(gpu="b")
+        waiting = await kit.submit(gpu="b", submitted_by="shop")
 
         async def ids(**wanted: Any) -> list[str]:
             return [one.id for one in (await kit.store.list(Filter(**wanted))).workflows]
@@ -59,6 +59,8 @@ class ReadingContract(SubmittingContract):
         assert await ids(status=Status.COMPLETED) == [done.id]
         assert await ids(gpu="b") == [waiting.id, failed.id]
         assert await ids(error_type="validation") == [failed.id]
+        assert await ids(submitted_by="shop") == [waiting.id]
+        assert await ids(submitted_by="sho_") == []
         assert await ids(since=waiting.created_at) == [waiting.id]
         assert await ids(status=Status.QUEUED, gpu="local") == []
         (listed,) = (await kit.store.list(Filter(status=Status.COMPLETED))).workflows
@@ -156,7 +158,7 @@ class ReadingContract(SubmittingContract):
             await kit.store.list(Filter()),
             kit.store.counts(),
             [kit.store.position(one.id) for one in waiting],
-            kit.store.next_in_line(["local"]),
+            kit.store.next_in_line(["local"], "local"),
             await kit.store.open_attempts(),
             await kit.store.events_after(0, 100),
             kit.store.last_seq,
@@ -166,7 +168,7 @@ class ReadingContract(SubmittingContract):
             await kit.store.list(Filter()),
             kit.store.counts(),
             [kit.store.position(one.id) for one in waiting],
-            kit.store.next_in_line(["local"]),
+            kit.store.next_in_line(["local"], "local"),
             await kit.store.open_attempts(),
             await kit.store.events_after(0, 100),
             kit.store.last_seq,

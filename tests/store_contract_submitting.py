@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from managers.errors import (
     Conflict,
     IdempotencyMismatch,
     QueueFull,
+    ShareFull,
 )
 from managers.events.types import Finding, NodeCounts
 from managers.workflows.model import (
@@ -22,6 +24,7 @@ from managers.workflows.model import (
     IdempotencyKey,
     Priority,
     Status,
+    Submitted,
 )
 from managers.workflows.store import WorkflowStore
 from tests.store_kit import Kit
@@ -97,7 +100,7 @@ class SubmittingContract:
         assert workflow.completion_time == workflow.created_at
         assert kit.told() == ["workflow:error"]
         assert kit.store.counts().length == 0
-        assert kit.store.next_in_line(["local"]) is None
+        assert kit.store.next_in_line(["local"], "local") is None
 
     async def test_a_known_id_is_a_conflict(self, kit: Kit) -> None:
         workflow = await kit.submit()
@@ -128,6 +131,38 @@ class SubmittingContract:
         await kit.claim()
         with pytest.raises(QueueFull):
             await kit.store.submit(kit.new(), max_waiting=4)
+
+    async def test_a_submitter_has_a_share_of_what_waits(self, kit: Kit) -> None:
+        def submit(name: str | None, share: int | None = 2, **changes: Any) -> Awaitable[Submitted]:
+            return kit.store.submit(kit.new(submitted_by=name, **changes), max_queued=share)
+
+        results = await asyncio.gather(
+            *(submit("shop") for _ in range(5)), submit("other"), submit(None, None), return_exceptions=True
+        )
+        assert [isinstance(result, ShareFull) for result in results] == [False] * 2 + [True] * 3 + [False] * 2
+        assert kit.store.counts().length == 4
+        assert kit.told() == ["workflow:queued"] * 4
+        await submit("other", 2)
+        claimed = await kit.claim()
+        assert claimed.workflow.submitted_by == "shop"
+        with pytest.raises(ShareFull, match="2 workflows of the key shop"):
+            await submit("shop")  # what is only posted waits still
+        with pytest.raises(Conflict):
+            await submit("shop", id=claimed.workflow.id)
+        await kit.store.start(claimed.attempt.prompt_id, kit.clock.now)
+        third = (await submit("shop")).workflow
+        await submit("shop", failure="No output node", share=3)  # never waits
+        for _ in range(2):
+            with pytest.raises(ShareFull):
+                await submit("shop")
+            await kit.reopen()
+        await kit.store.cancel(third.id, kit.clock.now)
+        await submit("shop")
+        await kit.store.lose(
+            claimed.attempt.prompt_id, error="e", error_type="lost", now=kit.clock.now, retry=True
+        )  # it comes back, over its share
+        with pytest.raises(ShareFull, match="3 workflows"):
+            await submit("shop", 3)
 
     async def test_two_hundred_at_once_have_two_hundred_places(self, kit: Kit) -> None:
         results = await asyncio.gather(*(kit.store.submit(kit.new()) for _ in range(200)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvicorn
-from litestar import Litestar, get
+from litestar import Litestar, Request, get
 from litestar.di import Provide
 from litestar.response import Stream
 from prometheus_client import CollectorRegistry
@@ -23,8 +23,10 @@ from websockets.asyncio.client import ClientConnection, connect
 from management_api.cors import Cors
 from management_api.errors import exception_handlers
 from management_api.fast_websocket import FastWebSocketProtocol
+from management_api.keys import KeyRing
 from management_api.limits import ClientAddress
 from management_api.logging import SILENT
+from management_api.open_streams import OpenStreams
 from management_api.outer import Outer
 from management_api.security import Authenticator
 from managers.clock import SystemClock, new_id
@@ -36,6 +38,7 @@ from managers.workflows.model import NewWorkflow, Priority
 from managers.workflows.sqlite_store import SqliteStore
 from managers.workflows.views import WorkflowView, view
 from metrics.http import HttpMetrics
+from routes.access import caller_of
 from routes.sse import SseEvent, sse
 from routes.stream import Streams, stream_routes
 
@@ -46,8 +49,17 @@ PATH = "/v1/comfyui/stream"
 class House:
     """`store` and `hub` to make events with, `url` and `hear` to listen at."""
 
-    def __init__(self, directory: Path, config: StreamConfig, *, fast: bool, origins: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: StreamConfig,
+        *,
+        fast: bool,
+        origins: tuple[str, ...],
+        keys: KeyRing | None = None,
+    ) -> None:
         clock = SystemClock()
+        self.keys = keys
         self.fast = fast
         self.store = SqliteStore(directory, clock=clock, ids=new_id, aging_seconds=600)
         self.hub = Hub(self.store)
@@ -74,7 +86,7 @@ class House:
         return found.seq, tuple(view(workflow, None, None) for workflow in found.workflows)
 
     def app(self) -> Outer:
-        authenticator = Authenticator(KEY)
+        authenticator = Authenticator(KEY, self.keys)
         authenticator.register_ticket_checker(self.tickets.redeem)
         litestar = Litestar(
             [*stream_routes, self.ticker()],
@@ -87,6 +99,7 @@ class House:
             authenticator=authenticator,
             limiter=None,
             addresses=ClientAddress(),
+            streams=OpenStreams(0),
             cors=Cors(()),
             metrics=HttpMetrics(CollectorRegistry()),
             access_log=SILENT.access,
@@ -107,8 +120,9 @@ class House:
                 self.ticker_closed.set()
 
         @get("/v1/ticker")
-        async def ticker() -> Stream:
-            return sse(cast("Any", events()), heartbeat_seconds=0.05)
+        async def ticker(request: Request[Any, Any, Any]) -> Stream:
+            welcome = caller_of(request).welcome
+            return sse(cast("Any", events()), heartbeat_seconds=0.05, welcome=welcome)
 
         return ticker
 
@@ -145,10 +159,16 @@ class House:
 
 @asynccontextmanager
 async def open_house(
-    directory: Path, *, fast: bool, config: StreamConfig, origins: tuple[str, ...] = (), **server: Any
+    directory: Path,
+    *,
+    fast: bool,
+    config: StreamConfig,
+    origins: tuple[str, ...] = (),
+    keys: KeyRing | None = None,
+    **server: Any,
 ) -> AsyncIterator[House]:
     """A running house on a port of its own. The buffers between it and its clients are small."""
-    house = House(directory, config, fast=fast, origins=origins)
+    house = House(directory, config, fast=fast, origins=origins, keys=keys)
     await house.store.open(house.hub.publish_stored)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)

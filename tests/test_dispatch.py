@@ -12,7 +12,23 @@ import pytest
 
 from management_api.app import create_app
 from management_api.settings import load
-from tests.queue_kit import Comfy, Queue, Site, View, comfy, environment, house, picture, sleeper, workflow
+from tests.faults.kit import locked
+from tests.faults.proxy import proxied
+from tests.faults.watch_kit import dispatcher, taken_back
+from tests.queue_kit import (
+    Comfy,
+    Graph,
+    House,
+    Queue,
+    Site,
+    View,
+    comfy,
+    environment,
+    house,
+    picture,
+    sleeper,
+    workflow,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +43,7 @@ def site(simulator: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 
 @pytest.fixture
-async def queue(site: Site, simulator: Comfy) -> AsyncIterator[Queue]:
+async def queue(site: Site, simulator: Comfy) -> AsyncIterator[House]:
     """A fresh service, connected. What is left in ComfyUI at the end is cancelled."""
     async with site.fresh() as service:
         await service.connected()
@@ -295,6 +311,37 @@ async def test_nothing_waits_behind_another_while_a_backend_is_idle(simulator: C
                 await empty(queue, simulator, second)
 
 
+def inverted() -> Graph:
+    return picture() | {
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": "kit"}},
+        "3": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+    }
+
+
+async def test_a_backend_that_lacks_a_class_does_not_get_what_another_can_run(tmp_path: Path) -> None:
+    with comfy(tmp_path / "able") as able, comfy(tmp_path / "unfit", "--without", "ImageInvert") as unfit:
+        app = create_app(load(environment(tmp_path, COMFYUI_BACKENDS=f"unfit={unfit.url},able={able.url}"), None))
+        async with house(app) as queue:
+            await queue.connected("unfit", "able")
+            busy = await queue.submit(sleeper(), gpu="able")
+            await queue.started(busy)
+            inverts = [await queue.submit(inverted()) for _ in range(4)]
+            # The idle one takes what stands behind them, and none of them, not even after a restart.
+            plain = await queue.ended(await queue.submit(picture()))
+            assert (plain["status"], plain["backend"]) == ("completed", "unfit")
+        async with house(app) as queue:
+            await queue.connected("unfit", "able")
+            await queue.ended(await queue.submit(picture()))
+            await queue.cancel(busy)
+            found = await views(queue, *inverts)
+            assert [(one["status"], one["backend"], one["attempt"]) for one in found] == [
+                ("completed", "able", 1)
+            ] * 4
+            assert [one["errors"] for one in found] == [[]] * 4
+            # Asked for by name it is that ComfyUI's own answer that counts.
+            assert (await queue.run(inverted(), gpu="unfit"))["errorType"] == "validation"
+
+
 async def test_many_over_two_backends_each_exactly_once(simulator: Comfy, tmp_path: Path) -> None:
     with comfy(tmp_path / "second") as second:
         backends = f"left={simulator.url},right={second.url}"
@@ -368,3 +415,119 @@ async def test_the_queue_channel_counts(queue: Queue) -> None:
         await queue.switch("resume")
         await queue.ended(waiting)
         await stream.until("queue:status", length=0, running=0, paused=False, after=2)
+
+
+# ---- a backend that its operator takes out
+
+
+async def test_drain_takes_back_what_only_waits(queue: House, simulator: Comfy) -> None:
+    running = await queue.submit(sleeper(steps=12))
+    ahead = await queue.submit(picture())
+    await queue.started(running)
+    _, (prompt,) = await simulator.until_queue(lambda running, pending: bool(pending))
+    dispatcher(queue).drain()
+    await simulator.until_queue(lambda running, pending: not pending)
+    await taken_back(queue, ahead)
+    assert (await queue.ended(running))["status"] == "completed"  # what executes runs to its end
+    assert not (await simulator.queue())[1]
+    view = await queue.get(ahead)
+    assert (view["status"], view["attempt"], dispatcher(queue).draining) == ("queued", 0, True)
+    later = await queue.submit(picture())
+    dispatcher(queue).resume()
+    assert [(await queue.ended(one))["attempt"] for one in (ahead, later)] == [1, 1]
+    assert prompt not in await ran(simulator)
+
+
+async def test_drain_asks_again_when_comfyui_did_not_hear(simulator: Comfy, tmp_path: Path) -> None:
+    async with proxied(simulator.url) as proxy:
+        settings = load(environment(tmp_path, simulator, COMFYUI_URL=proxy.url), None)
+        async with house(create_app(settings)) as queue:
+            await queue.connected()
+            running = await queue.submit(sleeper())
+            await queue.started(running)
+            ahead = await queue.submit(picture())
+            await simulator.until_queue(lambda running, pending: bool(pending))
+            deletion = proxy.hold("POST", "/queue", times=1)
+            dispatcher(queue).drain()
+            (await deletion.caught()).drop()
+            async with asyncio.timeout(10):  # soon, and not when it is looked after
+                await simulator.until_queue(lambda running, pending: not pending)
+            await taken_back(queue, ahead)
+            assert await queue.attempts(ahead) == [(1, "withdrawn")]
+            await queue.cancel(running)
+
+
+async def test_drained_while_it_is_handed_out(simulator: Comfy, tmp_path: Path) -> None:
+    """The claim is on its way to the disk when the drain comes: nothing is posted."""
+    async with house(create_app(load(environment(tmp_path, simulator, COMFYUI_PREFETCH="false"), None))) as queue:
+        await queue.connected()
+        posts = await simulator.posts()
+        running = await queue.submit(sleeper(steps=4))
+        await queue.started(running)
+        follower = await queue.submit(picture())
+        with locked(tmp_path / "data"):
+            for _ in range(800):  # no event tells of it
+                if dispatcher(queue)._claiming:
+                    break
+                await asyncio.sleep(0.005)
+            dispatcher(queue).drain()
+        assert (await queue.ended(running))["status"] == "completed"
+        for _ in range(1000):
+            if await queue.attempts(follower):
+                break
+            await asyncio.sleep(0.005)
+        await taken_back(queue, follower)
+        assert await queue.attempts(follower) == [(1, "withdrawn")]
+        assert await simulator.posts() == posts + 1
+        dispatcher(queue).resume()
+        assert (await queue.ended(follower))["attempt"] == 1
+
+
+async def test_drained_work_goes_to_another(simulator: Comfy, tmp_path: Path) -> None:
+    with comfy(tmp_path / "second") as second:
+        backends = f"left={simulator.url},right={second.url}"
+        async with house(create_app(load(environment(tmp_path, COMFYUI_BACKENDS=backends), None))) as queue:
+            await queue.connected("left", "right")
+            dispatcher(queue, "left").drain()
+            found = [await queue.run(picture()) for _ in range(4)]
+            assert {view["backend"] for view in found} == {"right"}
+
+
+async def test_a_drained_backend_stays_so_over_a_restart(simulator: Comfy, tmp_path: Path) -> None:
+    settings = load(environment(tmp_path, simulator), None)
+    async with house(create_app(settings)) as queue:
+        await queue.app.running[0].workflows.store.set_drained("local", True)
+    async with house(create_app(settings)) as queue:
+        await queue.connected()
+        waiting = await queue.submit(picture())
+        assert dispatcher(queue).draining
+        assert (await queue.get(waiting))["attempt"] == 0
+        # The service that stops is another thing: it drains nobody.
+        dispatcher(queue).resume()
+        assert (await queue.ended(waiting))["status"] == "completed"
+        queue.app.running[0].workflows.drain()
+        assert not dispatcher(queue).draining
+
+
+# ---- failures and what follows
+
+
+async def test_out_of_memory_after_a_lost_attempt_has_its_one_more_try_too(queue: House, simulator: Comfy) -> None:
+    await simulator.faults(refuse_prompt=1)
+    view = await queue.run(workflow("fail_oom_torch"), maxAttempts=9)
+    assert (view["status"], view["errorType"], view["attempt"]) == ("failed", "oom", 3)
+    errors = [event for event in await queue.events(view["workflowId"]) if event["type"] == "workflow:error"]
+    assert [(event["errorType"], event["willRetry"]) for event in errors] == [
+        ("lost", True),
+        ("oom", True),
+        ("oom", False),
+    ]
+
+
+async def test_max_attempts_counts_every_kind(queue: House, simulator: Comfy) -> None:
+    await simulator.faults(refuse_prompt=1)
+    view = await queue.run(workflow("fail_oom_torch"), maxAttempts=2)
+    assert (view["status"], view["errorType"], view["attempt"]) == ("failed", "oom", 2)
+    await simulator.faults(refuse_prompt=2)
+    view = await queue.run(picture(), maxAttempts=2)
+    assert (view["status"], view["errorType"], view["attempt"]) == ("failed", "lost", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -220,6 +221,80 @@ async def test_parameters_are_named(service: Service) -> None:
         "limit"
         in problem_of(await service.client.get("/v1/test/parameters/5", headers={"prefer": "x"}), 400)["detail"]
     )
+
+
+def doubtful(parameter: dict[str, Any]) -> tuple[str, list[Any] | None] | None:
+    """A value that this parameter cannot take, and the values to choose from; None where it takes any text."""
+    schema = parameter["schema"]
+    options = [schema, *schema.get("oneOf", ()), *schema.get("anyOf", ())]
+    for option in options:
+        if "enum" in option:
+            return "nonsense", [value for value in option["enum"] if value is not None]
+        if option.get("type") in ("integer", "number", "boolean"):
+            return "nonsense", None
+        if "maxLength" in option:
+            return "x" * (option["maxLength"] + 1), None
+    return None
+
+
+async def test_every_parameter_is_named_as_on_the_wire(service: Service) -> None:
+    """Whatever the operation, and with the values to choose from where there is a list of them."""
+    described = (await service.client.get("/docs/json")).json()
+    tried = set()
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            for parameter in operation.get("parameters", ()):
+                if "$ref" in parameter["schema"]:
+                    parameter["schema"] = described["components"]["schemas"][
+                        parameter["schema"]["$ref"].split("/")[-1]
+                    ]
+                bad = doubtful(parameter) if parameter["in"] in ("query", "header") else None
+                if bad is None or method == "head" or path.startswith("/v1/test/"):
+                    continue
+                value, allowed = bad
+                sent = {parameter["name"]: value}
+                reply = await service.client.request(
+                    method,
+                    re.sub(r"\{[^}]*\}", "x", path),
+                    params=sent if parameter["in"] == "query" else {},
+                    headers=sent if parameter["in"] == "header" else {},
+                    json={"workflow": {}} if "requestBody" in operation else None,
+                )
+                where = (method, path, parameter["name"])
+                (error,) = problem_of(reply, 400)["errors"]
+                assert (error["input"], error["code"]) == (parameter["name"], f"invalid_{parameter['in']}"), where
+                assert error.get("allowed") == allowed, where
+                assert reply.json()["detail"].startswith(parameter["name"] + ": "), where
+                tried.add(parameter["name"])
+    assert tried >= {"dryRun", "Idempotency-Key", "type", "errorType", "status", "limit", "since"}
+
+
+@pytest.mark.parametrize("path", ["/v1/comfyui/workflow", "/v1/comfyui/outputs"])
+async def test_a_cursor_of_nobody_is_named(service: Service, path: str) -> None:
+    for cursor in ("x", "", "bm9uZQ", "é"):
+        reply = await service.client.get(path, params={"cursor": cursor})
+        (error,) = problem_of(reply, 400)["errors"]
+        assert (error["input"], error["code"]) == ("cursor", "invalid_query")
+
+
+async def test_a_stream_without_an_upgrade_asks_for_one(service: Service) -> None:
+    for method in ("GET", "HEAD"):
+        reply = await service.client.request(method, "/v1/comfyui/stream")
+        assert (reply.status_code, reply.headers["upgrade"], reply.headers["connection"]) == (
+            426,
+            "websocket",
+            "Upgrade",
+        )
+    assert "WebSocket" in problem_of(await service.client.get("/v1/comfyui/stream"), 426)["detail"]
+    reply = await service.client.post("/v1/comfyui/stream")
+    assert (problem_of(reply, 405)["title"], reply.headers["allow"]) == ("Method Not Allowed", "GET")
+
+
+async def test_a_stream_without_an_upgrade_over_a_real_connection(server: Server) -> None:
+    for _ in range(2):  # the connection lives on
+        reply = await server.client.get("/v1/comfyui/stream")
+        assert (reply.status_code, reply.headers["upgrade"]) == (426, "websocket")
+        assert reply.headers["connection"].lower() == "upgrade"
 
 
 async def test_content_types(service: Service) -> None:

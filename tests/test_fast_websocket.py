@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvicorn
 from msgspec import Struct
 from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from management_api.app import create_app
 from management_api.fast_websocket import FastWebSocketProtocol, FrameWriter
+from management_api.settings import load
 from managers.events.packets import Packet, reply
 from routes.stream import FRAME_WRITER
+from tests.queue_kit import environment, house
+from tests.serving import KEY, Log
 from tests.stream_house import small_socket
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -184,3 +190,18 @@ async def test_the_server_can_stop_while_a_peer_does_not_read() -> None:
         app.let_go.set()
         async with asyncio.timeout(3):
             await app.ended.wait()
+
+
+async def test_a_refused_upgrade_is_no_error_of_ours(tmp_path: Path, log: Log) -> None:
+    async with house(create_app(load(environment(tmp_path), None))) as service:
+        url = service.url.replace("http:", "ws:") + "/v1/comfyui/stream"
+        for headers, query, status in (
+            ({}, "", 401),
+            ({"X-API-Key": KEY}, "?since=x", 400),
+            ({"X-API-Key": KEY, "Origin": "https://elsewhere.example"}, "", 403),
+        ):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(url + query, additional_headers=headers, proxy=None)
+            assert refused.value.response.status_code == status
+            assert json.loads(refused.value.response.body or b"")["status"] == status
+    assert [line for line in log.lines() if line["level"] == "error" or "logger" in line] == []

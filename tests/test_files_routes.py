@@ -25,6 +25,7 @@ from managers.workflows.outputs import OutputDoor
 from managers.workflows.sqlite_store import SqliteStore
 from routes.files import files_routes
 from routes.ranged import RangedResponse, content_disposition, plan
+from tests.serving import StartService
 
 OUTPUT = "/v1/comfyui/output/"
 OUTPUTS = "/v1/comfyui/outputs"
@@ -304,6 +305,43 @@ async def test_delete(client: httpx.AsyncClient, outputs: Path) -> None:
     assert (await client.delete(OUTPUT + "sub")).status_code == 404
 
 
+async def test_what_is_named_is_deleted_and_nothing_else(tmp_path: Path, start_service: StartService) -> None:
+    """A name may be in the folders of every backend, and in several of one: without that the address means ours."""
+    outputs = tmp_path / "shared" / "output"
+    outputs.mkdir(parents=True)
+    backends = "near=http://127.0.0.1:9,far=http://127.0.0.2:9"
+    client = (await start_service(COMFYUI_BACKENDS=backends, COMFYUI_OUTPUTS=str(outputs))).client
+    places = {kind: put(outputs.parent, f"{kind}/jobs/a.png") for kind in ("output", "temp", "input")}
+
+    async def delete(**query: str) -> tuple[int, dict[str, Any], set[str]]:
+        reply = await client.delete(OUTPUT + "jobs/a.png", params=query)
+        return (
+            reply.status_code,
+            reply.json() if reply.content else {},
+            {k for k, at in places.items() if at.exists()},
+        )
+
+    status, told, left = await delete(backend="nobody")
+    assert (status, left) == (400, set(places))
+    assert told["errors"][0]["input"] == "backend"
+    assert told["errors"][0]["allowed"] == ["near", "far"]
+    status, told, left = await delete(backend="near", type="secret")
+    assert (status, left, told["errors"][0]["input"]) == (400, set(places), "type")
+    for query, word in (
+        ({"backend": "far"}, "far"),
+        ({"backend": "far", "type": "temp"}, "far"),
+        ({"type": "input"}, "input"),
+        ({"backend": "near", "type": "input"}, "input"),
+    ):
+        status, told, left = await delete(**query)
+        assert (status, left, word in told["message"]) == (409, set(places), True), query
+    assert await delete(backend="near", type="temp") == (204, {}, {"output", "input"})
+    assert (await delete(backend="near", type="temp"))[0] == 404
+    assert await delete(backend="near") == (204, {}, {"input"})
+    put(outputs, "jobs/a.png")
+    assert await delete(type="output") == (204, {}, {"input"})
+
+
 async def test_a_method_that_is_none_names_those_that_are(client: httpx.AsyncClient, outputs: Path) -> None:
     put(outputs, "a.png")
     reply = await client.post(OUTPUT + "a.png")
@@ -365,6 +403,8 @@ def test_the_documentation_tells_every_reply(app: Litestar) -> None:
     assert {"200", "206", "304", "404", "410", "412", "416", "503"} <= set(read["responses"])
     assert set(paths[OUTPUT + "{path}"]) >= {"get", "head", "delete"}
     assert [parameter["name"] for parameter in read["parameters"]] == ["path", "backend", "type"]
+    removed = paths[OUTPUT + "{path}"]["delete"]
+    assert [parameter["name"] for parameter in removed["parameters"]] == ["path", "backend", "type"]
     listed = {parameter["name"]: parameter for parameter in paths[OUTPUTS]["get"]["parameters"]}
     assert set(listed) == {"workflowId", "limit", "cursor"}
     assert listed["limit"]["schema"]["maximum"] == 1000

@@ -13,6 +13,7 @@ from msgspec import Raw
 from websockets.frames import Frame, Opcode
 from websockets.streams import StreamReader
 
+from managers.callers import NOBODY
 from managers.clock import SystemClock
 from managers.errors import Unavailable
 from managers.events import packets
@@ -469,10 +470,10 @@ def test_ids_are_taken_in_either_case() -> None:
 
 
 def test_a_socket_names_a_bounded_number_of_workflows() -> None:
-    names = [f"00000000-0000-4000-8000-{number:012x}" for number in range(10_001)]
-    many = Subscription().add(Subscribe(workflow_id=names[:10_000]))
+    names = [f"00000000-0000-4000-8000-{number:012x}" for number in range(1001)]
+    many = Subscription().add(Subscribe(workflow_id=names[:1000]))
     with pytest.raises(BadFrame):
-        many.add(Subscribe(workflow_id=names[10_000]))
+        many.add(Subscribe(workflow_id=names[1000]))
 
 
 # ---- tickets
@@ -492,18 +493,18 @@ class Hand(SystemClock):
 
 def test_a_ticket_is_good_once() -> None:
     tickets = Tickets(Hand())
-    ticket = tickets.issue()
+    ticket = tickets.issue(NOBODY)
     assert ticket.expires_at == 1_700_000_000_000 + 160_000
     assert len(ticket.ticket) == 43  # 256 bits in base64
     assert not tickets.redeem(ticket.ticket[:-1])
-    assert tickets.redeem(ticket.ticket)
+    assert tickets.redeem(ticket.ticket) is NOBODY
     assert not tickets.redeem(ticket.ticket)
 
 
 def test_a_ticket_ends_after_a_minute() -> None:
     clock = Hand()
     tickets = Tickets(clock)
-    early, late = tickets.issue(), tickets.issue()
+    early, late = tickets.issue(NOBODY), tickets.issue(NOBODY)
     clock.at += 59.9
     assert tickets.redeem(early.ticket)
     clock.at += 0.2
@@ -514,9 +515,9 @@ def test_a_ticket_ends_after_a_minute() -> None:
 def test_open_tickets_are_bounded() -> None:
     clock = Hand()
     tickets = Tickets(clock, limit=2)
-    tickets.issue()
-    tickets.issue()
+    tickets.issue(NOBODY)
+    tickets.issue(NOBODY)
     with pytest.raises(Unavailable):
-        tickets.issue()
+        tickets.issue(NOBODY)
     clock.at += 60
-    tickets.issue()
+    tickets.issue(NOBODY)

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import pytest
 
-from management_api.security import is_open
+from management_api.security import is_open, needed_scope
 from tests.serving import Server, Service
 
 PROBLEM = "application/problem+json"
@@ -91,10 +91,12 @@ def test_every_operation_has_its_error_replies(described: dict[str, Any]) -> Non
         assert "500" in statuses, where
         if is_open(path):
             assert operation["security"] == [], where
-            assert "401" not in statuses, where
+            assert not {"401", "403"} & statuses, where
         else:
-            assert "401" in statuses, where
-            assert "security" not in operation, where
+            assert {"401", "403"} <= statuses, where
+            scope = needed_scope(method.upper(), path)
+            assert operation["security"] == [{"apiKey": [scope]}, {"bearer": [scope]}], where
+            assert operation["description"].endswith(f"Needs a key with the scope `{scope}`."), where
         if operation.get("parameters") or "requestBody" in operation:
             assert "400" in statuses, where
         for status, reply in operation["responses"].items():

@@ -29,9 +29,16 @@ max-steps = 5
 [[operations]]
 include-name = [
   "GET /v1/comfyui/workflow", "GET /v1/comfyui/outputs", "GET /v1/comfyui/output/{path}",
-  "HEAD /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow",
+  "HEAD /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow", "POST /v1/tasks",
 ]
 checks.positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "404", "409", "416", "422"]
+"""
+# A task whose program is not installed is a 503, and that is right: so there is one.
+PROVIDERS = f"""
+builtin = false
+[providers.claude-flow]
+argv = ["{sys.executable}", "-I", "-S", "-c", "pass", "--", "{{agent}}", "{{task}}"]
+max_concurrent = 1000
 """
 OPTIONS = (
     f"--header=X-API-Key: {KEY}",
@@ -48,9 +55,11 @@ SECONDS = 240
 def test_every_door_does_what_its_description_says(tmp_path: Path) -> None:
     (tmp_path / "comfyui").mkdir()
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
+    (tmp_path / "providers.toml").write_text(PROVIDERS)
+    programs = {"MANAGEMENT_API_PROVIDERS_FILE": str(tmp_path / "providers.toml")}
     with (
         simulator(tmp_path / "comfyui") as (comfyui, _),
-        served(tmp_path, COMFYUI_URL=comfyui, LOG_LEVEL="debug", LOG_FORMAT="json") as (url, process),
+        served(tmp_path, COMFYUI_URL=comfyui, LOG_LEVEL="debug", LOG_FORMAT="json", **programs) as (url, process),
         httpx.Client(base_url=url, headers={"X-API-Key": KEY}) as client,
     ):
         for _ in range(2):  # something to list and to read

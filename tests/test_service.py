@@ -9,7 +9,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from metrics.http import DURATION_BUCKETS
-from tests.serving import Server, Service
+from tests.serving import Server, Service, StartService
 
 ISO = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}\.\d{3}Z")
 
@@ -55,6 +55,22 @@ async def test_ready_tells_that_comfyui_is_away_and_stays_ready(service: Service
     assert body["activeTasks"] == 0
     assert ISO.fullmatch(body["timestamp"])
     assert body["checks"] == {"store": "ok", "comfyui": "unreachable", "draining": False}
+
+
+async def test_the_names_that_probes_know(start_service: StartService) -> None:
+    """As /health and /ready, not counted by the rate limit, and once in the documentation."""
+    service = await start_service(MANAGEMENT_API_RATE_LIMIT="1/minute", headers={})
+    for name, alias in (("/health", "/healthz"), ("/ready", "/readyz")):
+        told, same = await service.client.get(name), await service.client.get(alias)
+        assert (same.status_code, same.json().keys()) == (200, told.json().keys())
+        assert (await service.client.head(alias)).status_code == 200
+        assert (await service.client.post(alias)).status_code == 405
+        assert "x-ratelimit-limit" not in same.headers
+    service.app.running[0].workflows.drain()
+    assert [(await service.client.get(alias)).status_code for alias in ("/healthz", "/readyz")] == [200, 503]
+    described = (await service.client.get("/docs/json")).json()["paths"]
+    assert {"/health", "/ready"} <= set(described)
+    assert not {"/healthz", "/readyz"} & set(described)
 
 
 async def test_ready_is_503_while_draining(service: Service) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from managers.comfyui.graph import parse_graph
 from managers.comfyui.object_info import NodeClass
@@ -12,6 +13,7 @@ from managers.comfyui.protocol import (
     Executing,
     ExecutionCached,
     ExecutionError,
+    ExecutionInterrupted,
     ExecutionStart,
     ExecutionSuccess,
     Message,
@@ -59,6 +61,27 @@ def test_progress_never_goes_back_and_100_is_for_the_verdict(case: str) -> None:
         assert told == sorted(told)
         assert all(0 <= percent <= 99 for percent in told)
         assert all(event.nodes.cached <= event.nodes.done <= event.nodes.total for event in progress(events))
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if prompts(case)])
+def test_progress_is_told_when_there_is_news_and_at_both_ends(case: str) -> None:
+    trackers = {prompt_id: tracker_of(graph) for prompt_id, graph in prompts(case).items()}
+    last: dict[str, WorkflowProgress] = {}
+    for now, frame in enumerate(frames(case)):
+        prompt_id = getattr(frame.body, "prompt_id", None) if isinstance(frame, Message) else None
+        if not isinstance(frame, Message) or prompt_id not in trackers:
+            continue
+        told = progress(trackers[prompt_id].feed(frame.body, now))
+        ends = isinstance(frame.body, ExecutionStart | ExecutionSuccess | ExecutionError | ExecutionInterrupted)
+        assert len(told) <= 1
+        if ends:
+            assert told
+        elif told and prompt_id in last:
+            assert told[0] != replace(last[prompt_id], timestamp=now)
+        # What is not told is what was told before.
+        shown = told[0] if told else last[prompt_id]
+        assert (shown.progress, shown.nodes) == (trackers[prompt_id].percent, trackers[prompt_id].counts())
+        last[prompt_id] = shown
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,10 @@ CASES = {
     "preview_3d": Case("completed", (("3d", "output", "1"),), codes=("output_missing",), needs="3D nodes"),
 }  # fmt: skip
 PARTIAL = "partial_one_output_invalid"
-ELSEWHERE = {"long_sleep": "test_workflows and test_dispatch stop sleepers", "crash_hard_exit": "test_recovery"}
+ELSEWHERE = {
+    "long_sleep": "test_workflows and test_dispatch stop sleepers",
+    "crash_hard_exit": "faults/test_comfyui_death",
+}
 
 
 def names() -> list[Any]:

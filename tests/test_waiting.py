@@ -11,6 +11,7 @@ from managers.workflows.model import QueueCounts
 from managers.workflows.waiting import CLASSES, Act, Change, Draft, Entry, Line
 
 POOLS = ("local", "a", "b")
+SUBMITTERS = (None, "shop", "admin")
 
 
 @st.composite
@@ -21,7 +22,8 @@ def entries(draw: st.DrawFn) -> list[Entry]:
     for number in range(draw(st.integers(1, 25))):
         level = draw(st.integers(0, len(CLASSES) - 1))
         at = draw(st.integers(0, 20))
-        result.append(Entry(at + step * level, number, f"w{number}", draw(st.sampled_from(POOLS)), level, at))
+        pool, submitter = draw(st.sampled_from(POOLS)), draw(st.sampled_from(SUBMITTERS))
+        result.append(Entry(at + step * level, number, f"w{number}", pool, level, at, submitter))
     return result
 
 
@@ -31,7 +33,8 @@ def state(line: Line, all_entries: Iterable[Entry]) -> object:
         len(line),
         line.counts(),
         {entry.id: (line.position(entry), line.held(entry)) for entry in waiting},
-        {pools: line.next(pools) for pools in [("local",), ("a",), ("b", "local"), POOLS]},
+        {pools: line.next(pools, "a") for pools in [("local",), ("a",), ("b", "local"), POOLS]},
+        {name: line.of_submitter(name) for name in SUBMITTERS},
     )
 
 
@@ -56,6 +59,7 @@ def expected(waiting: list[Entry], held: set[Entry], running: int, paused: bool)
         counts,
         {entry.id: (before(entry), entry in held) for entry in waiting},
         {pools: first(pools) for pools in [("local",), ("a",), ("b", "local"), POOLS]},
+        {name: sum(entry.submitter == name for entry in waiting) for name in SUBMITTERS},
     )
 
 

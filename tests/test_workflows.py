@@ -32,7 +32,7 @@ VIEW = {
     "workflowId", "status", "progress", "currentNode", "startTime", "completionTime", "outputs", "error", "priority",
     "gpu", "backend", "createdAt", "queuePosition", "attempt", "errors", "errorType", "nodes", "currentNodeId",
     "currentNodeType", "step", "steps", "message", "etaSeconds", "outputsReused", "metadata", "promptId",
-    "maxAttempts", "timeoutSeconds", "retryOf",
+    "maxAttempts", "timeoutSeconds", "retryOf", "submittedBy",
 }  # fmt: skip
 SECRET = "extra-secret-9fK2"
 
@@ -107,6 +107,7 @@ async def test_accepted(away: Queue) -> None:
         "priority": "normal", "gpu": "local", "backend": None, "attempt": 0, "errors": [], "errorType": None,
         "nodes": {"total": 2, "done": 0, "cached": 0}, "metadata": None, "promptId": None, "outputsReused": False,
         "retryOf": None,
+        "submittedBy": "admin",
     }  # fmt: skip
 
 
@@ -284,6 +285,21 @@ async def test_prefer_wait_is_woken_by_the_end(queue: Queue) -> None:
     await queue.cancel(chosen)
     reply = await held
     assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+
+
+async def test_a_replay_is_the_first_reply_whatever_became_of_it(simulator: Comfy, tmp_path: Path) -> None:
+    graph = picture() | {"3": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "none.safetensors"}}}
+    graph |= {"4": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": 7, "x": ["3", 0]}}}
+    async with house(create_app(load(environment(tmp_path, COMFYUI_URL=simulator.url), None))) as queue:
+        await queue.connected()
+        first = await queue.post(graph, headers={"idempotency-key": "told"})
+        assert [one["severity"] for one in first.json()["errors"]] == ["warning"]
+        await queue.ended(first.json()["workflowId"])
+        queue.app.running[0].workflows.drain(leaving=False)  # no new work: this is none
+        again = await queue.post(graph, headers={"idempotency-key": "told"})
+        assert again.headers["idempotency-replayed"] == "true"
+        assert (again.status_code, again.json()) == (202, first.json())
+        problem(await queue.post(graph, headers={"idempotency-key": "other"}), 503)
 
 
 async def test_an_idempotency_key_replays(simulator: Comfy, tmp_path: Path) -> None:

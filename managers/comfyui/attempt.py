@@ -25,7 +25,19 @@ from managers.comfyui.protocol import (
 )
 from managers.comfyui.rejection import scrub
 from managers.comfyui.tracker import Tracker
-from managers.comfyui.verdicts import Job, Result, Sink, Verdict, concluded, late, outputs_in, preview, refused
+from managers.comfyui.verdicts import (
+    Job,
+    Result,
+    Sink,
+    Verdict,
+    concluded,
+    late,
+    outputs_in,
+    over_time,
+    partial,
+    preview,
+    refused,
+)
 from managers.comfyui.watchdog import StallReason
 from managers.errors import BackendUnavailable
 from managers.events.types import Event, Output
@@ -46,6 +58,7 @@ class AttemptRun:
         self.job = job
         self.started = job.start_time is not None
         self.ended = False
+        self._whole = False  # we have heard that ComfyUI took all of it
         self._backend = backend
         self._sink = sink
         self._tracker = Tracker(job.workflow_id, job.nodes)
@@ -105,6 +118,8 @@ class AttemptRun:
                     self._preview(item)
                 elif item is Signal.UP:
                     verdict = await self._look()
+                elif item is Signal.DOWN:
+                    verdict = await self._read_shown_end()
                 elif item is Signal.STALLED:
                     verdict = await (self._look() if self.started else self._withdraw())
                 elif deaf_at is not None and deaf_at <= self._backend.clock.monotonic() + _TOLERANCE_SECONDS:
@@ -144,7 +159,7 @@ class AttemptRun:
     async def _look_after(self) -> Verdict | None:
         """Nothing was heard for a while."""
         if self._overdue():
-            return await self._stop(f"The workflow ran longer than its time limit of {self.job.timeout_seconds:g} s")
+            return await self._stop(over_time(self.job))
         verdict = await self._look()
         watchdog = self._backend.watchdog
         if verdict is None and not self._silence_told and watchdog.silent(self._backend.clock.monotonic()):
@@ -238,6 +253,7 @@ class AttemptRun:
             await self._remove()
             body = {"error": None, "node_errors": answer.node_errors}
             return refused(body, said="ComfyUI would run only a part of the workflow", otherwise="", now=now)
+        self._whole = True
         return None
 
     async def _commanded(self) -> Verdict | None:
@@ -361,6 +377,8 @@ class AttemptRun:
             return await self._from_evidence() or self._lost()
 
     def _lost(self) -> Verdict:
+        if self.job.posted and not self.started:
+            return Verdict(result=Result.WITHDRAWN)  # found open: never posted, or taken back, before we died
         died = self._backend.watchdog.died_of(self.job.prompt_id)
         return Verdict(
             result=Result.LOST,
@@ -381,10 +399,26 @@ class AttemptRun:
         return await self._ended(entry) if entry is not None else await self._look()
 
     async def _ended(self, entry: HistoryEntry) -> Verdict:
-        return await self._conclude(end_of(entry), outputs_in(self.job, entry))
+        refusal = None if self._whole else partial(self.job, entry, self._backend.clock.now_ms())
+        return refusal or await self._conclude(end_of(entry), outputs_in(self.job, entry))
+
+    async def _read_shown_end(self) -> Verdict | None:
+        """The socket broke. An end that it had shown is told now: it would die with us while we wait for ComfyUI."""
+        if self._tracker.evidence.verdict is None:
+            return None
+        try:
+            entry = await self._backend.client.history(self.job.prompt_id)
+        except BackendUnavailable:
+            entry = None
+        return await self._from_evidence() if entry is None else await self._ended(entry)
 
     async def _from_evidence(self) -> Verdict | None:
         """ComfyUI died, or forgot, after the socket had shown the end: what was seen counts (DESIGN 2)."""
+        assert self._inbox is not None  # noqa: S101  # only called inside `run`
+        while not self._inbox.empty():  # what came while nobody listened was seen too
+            item = self._inbox.get_nowait()
+            if isinstance(item, Message):
+                self._feed(item)
         seen = self._tracker.evidence
         if seen.verdict is None:
             return None

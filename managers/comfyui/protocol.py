@@ -233,13 +233,11 @@ def _body(name: str, data: Raw) -> Body:
 def _odd_body(kind: type[Any], data: Raw) -> Body:
     """It is not as it should be: perhaps only that a custom node gives ids as numbers."""
     found = _text_ids(tolerant.decode(bytes(data), _anything))
-    for wanted in (kind, Unknown):
-        try:
-            body: Body = msgspec.convert(found, wanted, strict=False)
-        except msgspec.ValidationError:
-            continue
-        return body
-    return Unknown()
+    try:
+        body: Body = msgspec.convert(found, kind, strict=False)
+    except msgspec.ValidationError:
+        return Unknown() if kind is Unknown else _odd_body(Unknown, data)
+    return body
 
 
 def _text_ids(data: Any) -> Any:
@@ -323,14 +321,19 @@ class HistoryStatus(Struct, frozen=True):
 
 
 class HistoryEntry(Struct, frozen=True):
-    """An ended prompt, with what its nodes gave (of any shape). `status` may be null on old servers.
-
-    `unreadable`: it has ended, and this is what is wrong with all that is told of it.
-    """
+    """An ended prompt; `status` may be null on old servers. `unreadable`: why nothing else is known of it."""
 
     outputs: dict[str, Any] = {}
     status: HistoryStatus | None = None
+    prompt: Raw = Raw(b"null")
     unreadable: str | None = None
+
+    @property
+    def taken(self) -> frozenset[str] | None:
+        """The output nodes that ComfyUI took of the graph: not all, where it refused some. None: it does not say."""
+        item = tolerant.decode(bytes(self.prompt), _anything)
+        ids = item[4] if isinstance(item, list) and len(item) > 4 else None
+        return frozenset(map(str, ids)) if isinstance(ids, list) else None
 
 
 class SystemInfo(Struct, frozen=True):

@@ -59,6 +59,13 @@ class Verdict(Struct, frozen=True, kw_only=True):
     node_type: str | None = None
     died: bool = False
 
+    @property
+    def seconds(self) -> float | None:
+        """How long it ran, as far as that is known."""
+        if self.start_time is None or self.end_time is None:
+            return None
+        return (self.end_time - self.start_time) / 1000
+
 
 class Sink(Protocol):
     """Who listens to an attempt. Called on the loop, in order; must not block."""
@@ -125,6 +132,9 @@ def concluded(
     )
     if succeeded:
         return verdict
+    if end.verdict == "interrupted" and (verdict.seconds or 0) >= job.timeout_seconds:
+        # It was us, even if we have died since.
+        return late(tracker, over_time(job), start_time=verdict.start_time, now=verdict.end_time or now)
     if end.verdict == "interrupted":
         return replace(verdict, result=Result.CANCELLED, error="It was interrupted in ComfyUI by somebody else")
     if end.verdict == "unreadable":
@@ -150,6 +160,37 @@ def refused(body: object, *, said: str, otherwise: str, now: int) -> Verdict:
     return Verdict(
         result=Result.FAILED, end_time=now, error=f"{said}: {text}", error_type="validation", errors=findings
     )
+
+
+def partial(job: Job, entry: HistoryEntry, now: int) -> Verdict | None:
+    """The refusal of a prompt that ComfyUI took only in part, for who has not heard its answer. None: it took all."""
+    taken = entry.taken
+    refused_nodes = (
+        [] if taken is None else [one for one, node in job.nodes.items() if node.output and one not in taken]
+    )
+    if not refused_nodes:
+        return None
+    findings = tuple(
+        Finding(
+            code="output_refused",
+            message=f"ComfyUI left out {job.nodes[node_id].name} (node {node_id}): its check found something there",
+            node_id=node_id,
+            class_type=job.nodes[node_id].class_type,
+        )
+        for node_id in refused_nodes
+    )
+    return Verdict(
+        result=Result.FAILED,
+        end_time=now,
+        error=f"ComfyUI ran only a part of the workflow: {'; '.join(finding.message for finding in findings)}",
+        error_type="validation",
+        errors=findings,
+    )
+
+
+def over_time(job: Job) -> str:
+    """Why it was stopped."""
+    return f"The workflow ran longer than its time limit of {job.timeout_seconds:g} s"
 
 
 def late(tracker: Tracker, words: str, *, start_time: int | None, now: int) -> Verdict:

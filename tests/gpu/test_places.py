@@ -47,7 +47,7 @@ def test_cards_without_processes_stay_as_they_are() -> None:
     ],
 )
 def test_gpu_backends(make_settings: SettingsMaker, text: str, here: dict[str, tuple[str, ...]] | None) -> None:
-    config = gpu_config(make_settings(COMFYUI_BACKENDS=BACKENDS, GPU_BACKENDS=text))
+    config = gpu_config(make_settings(COMFYUI_BACKENDS=BACKENDS, GPU_BACKENDS=text, GPU_SAMPLE_SECONDS=""))
     assert config.here == here
     assert (config.sample_seconds, config.running_seconds) == (2, 0.25)
 

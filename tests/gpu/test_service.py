@@ -57,12 +57,14 @@ def of_card(gpu_id: str, found: dict[Sample, float]) -> dict[Sample, float]:
 
 
 def frames(socket: ClientConnection, last: str) -> Iterator[dict[str, Any]]:
-    """What comes, up to a frame of this type."""
-    while True:
+    """What comes, up to a frame of this type. Samples come all the time, so each wait is bounded as a whole."""
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
         frame: dict[str, Any] = json.loads(socket.recv(timeout=SECONDS))
         yield frame
         if frame["type"] == last:
             return
+    raise AssertionError(f"no {last} in {SECONDS} s")
 
 
 @pytest.fixture
