@@ -13,6 +13,7 @@ import structlog
 from managers.comfyui.backend import Backend, Inbox, Location, Place, Signal
 from managers.comfyui.client import Rejected, Unanswered
 from managers.comfyui.measuring import Measuring, with_folder_url, with_run_url
+from managers.comfyui.partial import partial
 from managers.comfyui.protocol import (
     End,
     Executed,
@@ -34,7 +35,6 @@ from managers.comfyui.verdicts import (
     late,
     outputs_in,
     over_time,
-    partial,
     preview,
     refused,
 )
@@ -399,8 +399,15 @@ class AttemptRun:
         return await self._ended(entry) if entry is not None else await self._look()
 
     async def _ended(self, entry: HistoryEntry) -> Verdict:
-        refusal = None if self._whole else partial(self.job, entry, self._backend.clock.now_ms())
-        return refusal or await self._conclude(end_of(entry), outputs_in(self.job, entry))
+        if not self._whole:
+            try:
+                refusal = await partial(self._backend.client, self.job, entry, self._backend.clock.now_ms())
+            except BackendUnavailable as error:
+                log.warning("cannot tell whether all of it ran", prompt_id=self.job.prompt_id, reason=str(error))
+                refusal = None
+            if refusal is not None:
+                return refusal
+        return await self._conclude(end_of(entry), outputs_in(self.job, entry))
 
     async def _read_shown_end(self) -> Verdict | None:
         """The socket broke. An end that it had shown is told now: it would die with us while we wait for ComfyUI."""

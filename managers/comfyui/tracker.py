@@ -46,7 +46,6 @@ class GraphNode(Struct, frozen=True):
     class_type: str
     name: str
     weight: float
-    output: bool = False
 
 
 def describe(graph: Graph, node_class: Callable[[str], NodeClass | None]) -> dict[str, GraphNode]:
@@ -62,8 +61,7 @@ def describe(graph: Graph, node_class: Callable[[str], NodeClass | None]) -> dic
         if node_id in needed:
             found = classes[node_id]
             name = names.node_name(node.class_type, node.title, found.display_name if found else None)
-            result = found is not None and found.output_node
-            described[node_id] = GraphNode(node.class_type, name, names.weight(node.class_type), result)
+            described[node_id] = GraphNode(node.class_type, name, names.weight(node.class_type))
     return described
 
 

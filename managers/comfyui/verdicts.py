@@ -162,32 +162,6 @@ def refused(body: object, *, said: str, otherwise: str, now: int) -> Verdict:
     )
 
 
-def partial(job: Job, entry: HistoryEntry, now: int) -> Verdict | None:
-    """The refusal of a prompt that ComfyUI took only in part, for who has not heard its answer. None: it took all."""
-    taken = entry.taken
-    refused_nodes = (
-        [] if taken is None else [one for one, node in job.nodes.items() if node.output and one not in taken]
-    )
-    if not refused_nodes:
-        return None
-    findings = tuple(
-        Finding(
-            code="output_refused",
-            message=f"ComfyUI left out {job.nodes[node_id].name} (node {node_id}): its check found something there",
-            node_id=node_id,
-            class_type=job.nodes[node_id].class_type,
-        )
-        for node_id in refused_nodes
-    )
-    return Verdict(
-        result=Result.FAILED,
-        end_time=now,
-        error=f"ComfyUI ran only a part of the workflow: {'; '.join(finding.message for finding in findings)}",
-        error_type="validation",
-        errors=findings,
-    )
-
-
 def over_time(job: Job) -> str:
     """Why it was stopped."""
     return f"The workflow ran longer than its time limit of {job.timeout_seconds:g} s"
