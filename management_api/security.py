@@ -22,6 +22,8 @@ from managers.callers import ADMIN, Caller, KeyScope
 
 TicketChecker = Callable[[str], Caller | None]
 
+_STREAMS = ("/events", "/logs/stream")
+"""How the paths of server-sent events end."""
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 CHANGES = (
     ("/v1/comfyui/stream/ticket", KeyScope.READ),  # nothing but another way to read
@@ -120,7 +122,8 @@ class Authenticator:
         is_socket = scope["type"] == ScopeType.WEBSOCKET
         if is_socket and protocols and (caller := self._protocol_owner(protocols)):
             return caller
-        if is_socket or (b"text/event-stream" in accept and scope.get("method") == "GET"):
+        is_stream = scope.get("method") == "GET" and scope["path"].rstrip("/").endswith(_STREAMS)
+        if is_socket or (is_stream and b"text/event-stream" in accept):
             return self._ticket(scope["query_string"])
         return None
 

@@ -131,9 +131,10 @@ def _authenticator() -> tuple[Authenticator, set[str]]:
 
 def test_tickets_count_for_streams_only_and_once() -> None:
     authenticator, tickets = _authenticator()
-    scope = {"type": "http", "method": "GET", "path": "/v1/x", "query_string": b"ticket=t1", "headers": []}
+    scope = {"type": "http", "method": "GET", "path": "/v1/x/events", "query_string": b"ticket=t1", "headers": []}
     assert not authenticator.authenticate(scope)  # type: ignore[arg-type]
     scope["headers"] = [(b"accept", b"text/event-stream")]
+    assert not authenticator.authenticate(scope | {"path": "/v1/x"})  # type: ignore[arg-type]
     assert authenticator.authenticate(scope)  # type: ignore[arg-type]
     assert not authenticator.authenticate(scope)  # type: ignore[arg-type]
     socket = {"type": "websocket", "path": "/v1/x", "query_string": b"since=1&ticket=t2", "headers": []}

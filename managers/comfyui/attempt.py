@@ -232,7 +232,8 @@ class AttemptRun:
                 extra_data=job.extra_data,
             )
         except BackendUnavailable as error:
-            # It never left us: nothing was charged, and it goes out again when the backend is back.
+            # ComfyUI never had it: nothing was charged, and it goes out again when the backend is back.
+            log.warning("POST /prompt was not taken", prompt_id=job.prompt_id, reason=str(error))
             return Verdict(result=Result.WITHDRAWN, error=str(error))
         except Unanswered as error:
             log.warning("POST /prompt without an answer", prompt_id=job.prompt_id, reason=str(error))
@@ -377,8 +378,6 @@ class AttemptRun:
             return await self._from_evidence() or self._lost()
 
     def _lost(self) -> Verdict:
-        if self.job.posted and not self.started:
-            return Verdict(result=Result.WITHDRAWN)  # found open: never posted, or taken back, before we died
         died = self._backend.watchdog.died_of(self.job.prompt_id)
         return Verdict(
             result=Result.LOST,
@@ -388,6 +387,7 @@ class AttemptRun:
             else "ComfyUI no longer knows the prompt: it was restarted, or its queue was cleared",
             error_type="lost",
             died=died,
+            unseen=self.job.posted and not self.started,
         )
 
     async def _read_end(self) -> Verdict | None:

@@ -28,6 +28,7 @@ _histories = msgspec.json.Decoder(dict[str, Raw])
 _system_stats = msgspec.json.Decoder(SystemStats, strict=False)
 _anything: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
+_REFUSALS = {"error", "node_errors"}
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 # ComfyUI validates the whole graph before it answers, and a server collecting its garbage stalls (PROTOCOL §9).
 _POST_SECONDS = 30.0
@@ -98,6 +99,10 @@ class ComfyUIClient:
             parsed = tolerant.decode(reply.content, _anything)
         except msgspec.DecodeError:
             parsed = None
+        if reply.status not in (400, 413) and not (isinstance(parsed, dict) and parsed.keys() & _REFUSALS):
+            # Not ComfyUI's word about a graph, but that of something between us: a login, a limit, a wrong path.
+            text = reply.content[:200].decode(errors="replace").strip()
+            raise BackendUnavailable(f"POST /prompt is answered with {reply.status} {text}")
         return Rejected(reply.status, parsed, reply.content.decode(errors="replace")[:2000])
 
     async def queue(self) -> Queue:

@@ -43,7 +43,11 @@ class Result(StrEnum):
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """The end of an attempt. Times are epoch ms. `died`: it is lost because ComfyUI died while it executed."""
+    """The end of an attempt. Times are epoch ms. `died`: it is lost because ComfyUI died while it executed.
+
+    `unseen`: nobody has seen it start, and it was found open after a restart of ours: perhaps it was never posted, or
+    taken back by us. That must not use up the attempts.
+    """
 
     result: Result
     start_time: int | None = None
@@ -58,6 +62,7 @@ class Verdict(Struct, frozen=True, kw_only=True):
     node_id: str | None = None
     node_type: str | None = None
     died: bool = False
+    unseen: bool = False
 
     @property
     def seconds(self) -> float | None:
@@ -155,7 +160,7 @@ def concluded(
 
 def refused(body: object, *, said: str, otherwise: str, now: int) -> Verdict:
     """ComfyUI's answer to POST /prompt is a no; `otherwise` is the reason where `body` names none."""
-    findings = tuple(findings_from_rejection(body))
+    findings = tuple(findings_from_rejection(body)) if isinstance(body, dict) else ()
     text = "; ".join(dict.fromkeys(finding.message for finding in findings)) or otherwise
     return Verdict(
         result=Result.FAILED, end_time=now, error=f"{said}: {text}", error_type="validation", errors=findings

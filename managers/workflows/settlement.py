@@ -31,7 +31,7 @@ async def settle(store: WorkflowStore, backend: Backend, claimed: Claimed, verdi
                 error=verdict.error or "lost",
                 error_type=verdict.error_type or "lost",
                 now=now,
-                retry=remain,
+                retry=remain or verdict.unseen,
                 died=verdict.died,
             )
         case Result.FAILED if verdict.error_type == "oom" and remain and not await _oom_before(store, claimed):

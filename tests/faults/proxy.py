@@ -30,6 +30,7 @@ class Exchange:
         self._asking: asyncio.Task[bytes] | None = None
         self._decided = asyncio.Event()
         self._dropped = False
+        self._said: bytes | None = None
 
     @property
     def json(self) -> Any:
@@ -45,6 +46,12 @@ class Exchange:
         """Let it have its way: what is not passed on yet is passed on, and the service gets the answer."""
         self._decided.set()
 
+    def say(self, status: int, text: str) -> None:
+        """Answer in the place of ComfyUI, as a proxy of the operator's may."""
+        head = f"HTTP/1.1 {status} Proxy\r\ncontent-type: text/plain\r\ncontent-length: {len(text)}\r\n\r\n"
+        self._said = head.encode() + text.encode()
+        self._decided.set()
+
     def drop(self) -> None:
         """Break the connection instead of an answer, whether it was passed on or not."""
         self._dropped = self._dropped or not self._decided.is_set()
@@ -55,6 +62,8 @@ class Exchange:
         await self._decided.wait()
         if self._dropped:
             return None
+        if self._said is not None:
+            return self._said
         try:
             return await self.ask()
         except _BROKEN:

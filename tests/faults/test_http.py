@@ -31,6 +31,16 @@ async def test_everything_hangs(queue: Queue, site: Site, proxy: Proxy) -> None:
     posted_once(site.witness)
 
 
+async def test_a_no_that_is_not_comfyuis(queue: Queue, site: Site, proxy: Proxy, owed: Owed) -> None:
+    """Something between us throttles: that says nothing of the workflow, which waits and goes out again."""
+    posting = proxy.hold("POST", "/prompt", 1)
+    one = await owed.submit(queue)
+    (await posting.caught()).say(429, "Too many requests")
+    (view,) = await owed.kept(queue, site.witness)
+    assert (view["attempt"], view["errors"]) == (1, [])
+    assert await queue.attempts(one) == [(1, "withdrawn"), (1, "ended")]
+
+
 @pytest.mark.slow
 async def test_everything_hangs_for_a_minute(queue: Queue, site: Site, proxy: Proxy, owed: Owed) -> None:
     """Longer than every time limit of ours: the socket is given up, and taken up again."""
