@@ -29,7 +29,7 @@ max-steps = 5
 [[operations]]
 include-name = [
   "GET /v1/comfyui/workflow", "GET /v1/comfyui/outputs", "GET /v1/comfyui/output/{path}",
-  "HEAD /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow", "POST /v1/tasks",
+  "HEAD /v1/comfyui/output/{path}", "DELETE /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow", "POST /v1/tasks",
 ]
 checks.positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "404", "409", "416", "422"]
 """
