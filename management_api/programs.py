@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from management_api.settings import SECRETS, Settings
+from management_api.settings import Settings
+from management_api.variables import SECRETS
 from managers.processes.comfyui import ENVIRON, CannotManage, ManagedConfig, interpreter
 from managers.processes.environment import allowed
 from managers.processes.manager import TasksConfig

@@ -5,7 +5,6 @@ One odd node of anybody's must not hold up a queue. A real service, a real simul
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,7 +16,7 @@ import pytest_asyncio
 
 from management_api.app import create_app
 from management_api.settings import load
-from tests.faults.proxy import Proxy
+from tests.faults.proxy import Proxy, serving
 from tests.queue_kit import Comfy, House, Queue, comfy, environment, house, picture, sleeper
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -51,19 +50,6 @@ class Bent(Proxy):
         return answer
 
 
-@asynccontextmanager
-async def bent(target: str) -> AsyncIterator[Bent]:
-    proxy = Bent(target)
-    server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=2**20)
-    proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    try:
-        yield proxy
-    finally:
-        server.close()
-        await proxy.close()
-        await server.wait_closed()
-
-
 @pytest.fixture(scope="module")
 def simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
     with comfy(tmp_path_factory.mktemp("odd")) as process:
@@ -72,7 +58,7 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def proxy(simulator: Comfy) -> AsyncIterator[Bent]:
-    async with bent(simulator.url) as proxy:
+    async with serving(Bent(simulator.url)) as proxy:
         yield proxy
 
 

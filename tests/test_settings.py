@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from management_api.settings import MASK, VARIABLES, SettingsError, describe, load, markdown_table
+from management_api.settings import MASK, SettingsError, describe, load, markdown_table
 from management_api.values import BackendSettings
+from management_api.variables import VARIABLES
 
 KEY = {"MANAGEMENT_API_KEY": "correct horse"}
 DOCS = Path(__file__).parent.parent / "docs" / "configuration.md"

@@ -11,7 +11,7 @@ import contextlib
 import json
 import struct
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tests.comfy_kit import PATIENCE
@@ -339,10 +339,17 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+P = TypeVar("P", bound=Proxy)
+
+
+def proxied(target: str) -> contextlib.AbstractAsyncContextManager[Proxy]:
+    """A proxy before this ComfyUI."""
+    return serving(Proxy(target))
+
+
 @contextlib.asynccontextmanager
-async def proxied(target: str) -> AsyncIterator[Proxy]:
-    """A proxy on a free port."""
-    proxy = Proxy(target)
+async def serving(proxy: P) -> AsyncIterator[P]:
+    """This proxy, on a free port."""
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0, limit=2**20)
     proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from management_api.settings import SECRETS
+from management_api.variables import SECRETS
 from managers.errors import InvalidRequest
 from managers.processes.environment import allowed
 from managers.processes.providers import BUILTIN, DEFAULT, Provider, ProvidersError, read_providers

@@ -1,0 +1,221 @@
+"""Every variable of the environment, one row each: name, place in the settings, meaning, default.
+
+`settings.load`, `management-api config` and docs/configuration.md all come from this table. Must never read the
+environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import Struct
+
+from management_api import values
+
+
+class Variable(Struct, frozen=True):
+    """One variable. `field` is its place in the tree, "" for one that only feeds others.
+
+    `default` is text that goes through `parse`; without one `fallback` tells what happens.
+    """
+
+    name: str
+    field: str
+    parse: Callable[[str], Any]
+    default: str | None
+    description: str
+    fallback: str = ""
+    secret: bool = False
+
+
+def _folder(name: str, field: str, below: str, description: str) -> Variable:
+    return Variable(name, field, values.folder, None, description, fallback=f"`COMFY_PATH`/{below}")
+
+
+_HOST = "0.0.0.0"  # noqa: S104 -- CONTRACT 9: a service for other machines
+_VARIABLES = (
+    ("KEY", "key", values.key, None, "The key that may do everything. Required."),
+    ("KEYS_FILE", "keys_file", values.file, None, "More keys, each with its own rights: [keys](#keys)."),
+    ("PROVIDERS_FILE", "providers_file", values.file, None, "What tasks may run: [tasks](tasks.md#providers)."),
+    ("PORT", "port", values.whole(0, 65535), "9090", "The port to listen on; 0 takes a free one."),
+    ("HOST", "host", values.host, _HOST, "The address to listen on."),
+    ("DATA_DIR", "data_dir", values.folder, None, "Where the queue and its records are kept."),
+    ("RETENTION", "retention", values.whole(0, 36500), "30", "Days that ended workflows are kept; 0: for ever."),
+    ("RATE_LIMIT", "rate_limit", values.rate, "100/minute", "Requests and upgrades of one client; `off`: no limit."),
+    ("RATE_LIMIT_ALLOW", "rate_limit_allow", values.networks, "", "Addresses and networks that are not limited."),
+    ("TRUSTED_PROXIES", "trusted_proxies", values.networks, "", "Networks whose `X-Forwarded-For` is believed."),
+    ("METRICS_AUTH", "metrics_auth", values.boolean, "false", "Ask for the key at `/metrics` too."),
+    ("MAX_BODY", "max_body", values.size, "10MiB", "The largest request body; uploads have their own limit."),
+    ("MAX_SOCKETS", "max_sockets", values.whole(0), "100", "Open streams of one client; 0: no limit."),
+    ("SHUTDOWN_SECONDS", "shutdown_seconds", values.seconds(), "30", "How long stopping may take."),
+    ("DRAIN", "drain", values.boolean, "false", "Stopping waits for running workflows to end, in that time."),
+)
+_FALLBACKS = {
+    "KEY": "none",
+    "KEYS_FILE": "none",
+    "PROVIDERS_FILE": "four ready ones",
+    "DATA_DIR": "the user data folder of the platform",
+}
+
+VARIABLES: tuple[Variable, ...] = (
+    *(
+        Variable(
+            f"MANAGEMENT_API_{name}",
+            f"api.{field}",
+            parse,
+            default,
+            description,
+            fallback=_FALLBACKS.get(name, ""),
+            secret=name == "KEY",
+        )
+        for name, field, parse, default, description in _VARIABLES
+    ),
+    Variable(
+        "CORS_ALLOWED_ORIGINS",
+        "api.cors_allowed_origins",
+        values.origins,
+        "",
+        "Web origins that may call from a browser, `*` for all; empty: only pages of this service.",
+    ),
+    Variable(
+        "COMFYUI_BACKENDS",
+        "comfyui.backends",
+        values.backends,
+        None,
+        "Several ComfyUIs, `name=address,…`; each runs one workflow at a time. Goes before `COMFYUI_URL`.",
+        fallback="one, `local`, at `COMFYUI_URL`",
+    ),
+    Variable(
+        "COMFYUI_URL",
+        "",
+        values.url,
+        None,
+        "The address of ComfyUI. Goes before `COMFYUI_HOST` and `COMFYUI_PORT`.",
+        fallback="`http://COMFYUI_HOST:COMFYUI_PORT`",
+    ),
+    Variable("COMFYUI_HOST", "", values.host, "127.0.0.1", "The host of ComfyUI."),
+    Variable("COMFYUI_PORT", "", values.whole(1, 65535), "8188", "The port of ComfyUI."),
+    Variable("COMFY_PATH", "comfyui.path", values.folder, "~/comfyui", "ComfyUI's folder, for the next ones."),
+    _folder("COMFYUI_OUTPUTS", "comfyui.outputs", "output", "Where ComfyUI writes."),
+    _folder("COMFYUI_MODELS_CHECKPOINTS", "models.checkpoints", "models/checkpoints", "Checkpoints."),
+    _folder("COMFYUI_MODELS_LORAS", "models.loras", "models/loras", "LoRAs."),
+    _folder("COMFYUI_MODELS_VAE", "models.vae", "models/vae", "VAEs."),
+    _folder("COMFYUI_MODELS_CONTROLNET", "models.controlnet", "models/controlnet", "ControlNets."),
+    _folder("COMFYUI_MODELS_UPSCALE", "models.upscale", "models/upscale_models", "Upscalers."),
+    Variable(
+        "COMFY_AUTOSTART",
+        "comfyui.autostart",
+        values.boolean,
+        "false",
+        "Start the ComfyUI there, and again when it dies: [tasks](tasks.md#comfyui-itself).",
+    ),
+    Variable("COMFY_AUTOSTOP", "comfyui.autostop", values.boolean, "false", "Stop it when the service stops."),
+    Variable(
+        "COMFY_PYTHON",
+        "comfyui.python",
+        values.file,
+        None,
+        "The Python it runs with.",
+        fallback="that of `.venv` or `venv` in `COMFY_PATH`, else the service's",
+    ),
+    Variable("COMFY_ARGS", "comfyui.args", values.arguments, "", "More arguments for it, like `--lowvram`."),
+    Variable("COMFY_ENV", "comfyui.env", values.names, "", "More variables that it gets to see, like `MY_*`."),
+    Variable(
+        "COMFYUI_TIMEOUT",
+        "comfyui.timeout",
+        values.seconds(above_zero=True),
+        "3600",
+        "Seconds one workflow may execute.",
+    ),
+    Variable(
+        "COMFYUI_MAX_QUEUE",
+        "comfyui.max_queue",
+        values.whole(1),
+        "10000",
+        "How many workflows may wait; more are refused with 503.",
+    ),
+    Variable(
+        "COMFYUI_PRIORITY_AGING",
+        "comfyui.priority_aging",
+        values.seconds(),
+        "600",
+        "Seconds of waiting that are worth one priority class; 0: strict classes.",
+    ),
+    Variable(
+        "COMFYUI_PREFETCH",
+        "comfyui.prefetch",
+        values.boolean,
+        "true",
+        "Hand ComfyUI the next workflow shortly before its turn, so that no gap is left.",
+    ),
+    Variable(
+        "COMFYUI_FREE_WHEN_IDLE_SECONDS",
+        "comfyui.free_when_idle_seconds",
+        values.seconds(),
+        "0",
+        "Seconds of idleness after which ComfyUI is asked to free its memory; 0: never.",
+    ),
+    Variable(
+        "COMFYUI_GONE_SECONDS",
+        "comfyui.gone_seconds",
+        values.seconds(),
+        "120",
+        "Seconds after which others take over what a ComfyUI that is away was given; 0: never.",
+    ),
+    Variable(
+        "COMFYUI_INTERRUPT_SECONDS",
+        "comfyui.interrupt_seconds",
+        values.seconds(above_zero=True),
+        "60",
+        "Seconds without a sign after an interrupt, until a ComfyUI counts as stalled.",
+    ),
+    Variable(
+        "COMFYUI_STALL_SECONDS",
+        "comfyui.stall_seconds",
+        values.seconds(),
+        "600",
+        "Seconds of silence of a running workflow after which it is told; 0: never.",
+    ),
+    Variable(
+        "COMFYUI_STALL_INTERRUPT",
+        "comfyui.stall_interrupt",
+        values.boolean,
+        "false",
+        "Stop a workflow that is silent for so long.",
+    ),
+    Variable(
+        "COMFYUI_RESTART_COMMAND",
+        "comfyui.restart_command",
+        values.command,
+        "",
+        "What restarts a stalled ComfyUI; `manager`: ComfyUI-Manager does.",
+    ),
+    Variable(
+        "GPU_SAMPLE_SECONDS",
+        "gpu.sample_seconds",
+        values.seconds(),
+        "2",
+        "Seconds between samples of the GPUs; 0: never.",
+    ),
+    Variable(
+        "GPU_RUNNING_SAMPLE_SECONDS",
+        "gpu.running_sample_seconds",
+        values.seconds(above_zero=True),
+        "0.25",
+        "The same while a workflow runs.",
+    ),
+    Variable(
+        "GPU_BACKENDS",
+        "gpu.backends",
+        values.cards,
+        None,
+        "Which ComfyUIs run on GPUs of this machine, and on which where that does not show: [GPUs](metrics.md#gpus).",
+        fallback="those at a loopback address",
+    ),
+    Variable("LOG_LEVEL", "log.level", values.log_level, "info", "debug, info, warning, error or critical."),
+    Variable("LOG_FORMAT", "log.format", values.log_format, "auto", "console or json; auto: console on a terminal."),
+)
+
+SECRETS = frozenset(variable.name for variable in VARIABLES if variable.secret)
+"""Variables that no program gets to see."""
