@@ -23,6 +23,7 @@ from management_api.logging import SILENT, Logs
 from management_api.open_streams import OpenStreams
 from management_api.openapi import openapi_config, prepare, static_router
 from management_api.outer import Outer
+from management_api.route_names import RouteNames
 from management_api.security import Authenticator, ScopeGate
 from management_api.services import Base, Services, start_services
 from management_api.settings import Settings
@@ -122,6 +123,7 @@ def create_app(
         addresses=ClientAddress(api.trusted_proxies),
         streams=OpenStreams(api.max_sockets, api.rate_limit_allow),
         cors=Cors(api.cors_allowed_origins),
+        names=RouteNames(litestar.routes),
         metrics=HttpMetrics(base.registry),
         access_log=logs.access,
     )

@@ -22,6 +22,7 @@ from management_api.errors import INTERNAL, UNAUTHORIZED, Refusal, log_failure
 from management_api.limits import ClientAddress, RateLimiter, Verdict
 from management_api.logging import AccessLog
 from management_api.open_streams import OpenStreams, TooManyStreams, is_stream
+from management_api.route_names import RouteNames
 from management_api.security import Authenticator, is_limited
 from managers.callers import Caller
 from metrics.http import HttpMetrics
@@ -51,6 +52,7 @@ class Outer:
         addresses: ClientAddress,
         streams: OpenStreams,
         cors: Cors,
+        names: RouteNames,
         metrics: HttpMetrics,
         access_log: AccessLog,
     ) -> None:
@@ -60,6 +62,7 @@ class Outer:
         self._addresses = addresses
         self._streams = streams
         self._cors = cors
+        self._names = names
         self._metrics = metrics
         self._access_log = access_log
 
@@ -81,7 +84,7 @@ class Outer:
         finally:
             seconds = time.perf_counter() - exchange.began
             status = exchange.status or 499  # gone before there was an answer
-            route = exchange.scope.get("path_template")
+            route = exchange.scope.get("path_template") or self._names.of(exchange.path)
             self._metrics.observe(exchange.method, route, status, seconds, timed=not exchange.is_socket)
             self._access_log.write(
                 request=exchange.request_id,

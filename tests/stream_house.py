@@ -28,6 +28,7 @@ from management_api.limits import ClientAddress
 from management_api.logging import SILENT
 from management_api.open_streams import OpenStreams
 from management_api.outer import Outer
+from management_api.route_names import RouteNames
 from management_api.security import Authenticator
 from managers.clock import SystemClock, new_id
 from managers.events.hub import Hub
@@ -101,6 +102,7 @@ class House:
             addresses=ClientAddress(),
             streams=OpenStreams(0),
             cors=Cors(()),
+            names=RouteNames(litestar.routes),
             metrics=HttpMetrics(CollectorRegistry()),
             access_log=SILENT.access,
         )

@@ -109,6 +109,8 @@ async def test_requests_are_counted_by_template(service: Service) -> None:
     for path in ("/health", "/health/", f"/v1/comfyui/workflow/{one}", f"/v1/comfyui/workflow/{two}", "/a", "/b/c"):
         await service.client.get(path)
     await service.client.get("/v1/x", headers={"X-API-Key": "wrong"})
+    await service.client.get(f"/v1/tasks/{one}", headers={"X-API-Key": "wrong"})
+    await service.client.get("/v1/comfyui/output/a/b.png", headers={"X-API-Key": "wrong"})
     await service.client.post("/health")
     samples = await _samples(service)
 
@@ -117,12 +119,14 @@ async def test_requests_are_counted_by_template(service: Service) -> None:
     assert requests["GET", "/v1/comfyui/workflow/{workflow_id}", "404"] == 2
     assert requests["GET", "unmatched", "404"] == 2
     assert requests["GET", "unmatched", "401"] == 1
-    assert requests["POST", "unmatched", "405"] == 1
+    assert requests["GET", "/v1/tasks/{task_id}", "401"] == 1
+    assert requests["GET", "/v1/comfyui/output/{path}", "401"] == 1
+    assert requests["POST", "/health", "405"] == 1
     assert samples["http_request_duration_seconds_count"]["GET", "/health", "200"] == 2
     errors = samples["api_errors_total"]
     assert errors["not_found", "unmatched"] == 2
     assert errors["unauthorized", "unmatched"] == 1
-    assert errors["method_not_allowed", "unmatched"] == 1
+    assert errors["method_not_allowed", "/health"] == 1
 
 
 async def test_duration_buckets_are_those_of_the_contract(service: Service) -> None:

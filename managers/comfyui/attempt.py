@@ -48,6 +48,7 @@ _DEAF_AFTER_SECONDS = 2.0
 _LOOK_AFTER_SECONDS = 20.0
 _LOST_AFTER_SECONDS, _LOST_AFTER_SECONDS_REMOTE = 1.0, 5.0
 _REMOVE_EVERY_SECONDS = 0.5
+_END_AGAIN_SECONDS = 1.0
 _TOLERANCE_SECONDS = 0.01  # a timer may wake us a little early
 
 
@@ -96,7 +97,7 @@ class AttemptRun:
             return self._given_up
         finally:
             self._following = False
-            self._measuring.cancel()
+            await self._measuring.aclose()
 
     async def _follow(self) -> Verdict:
         with self._backend.inbox(self.job.prompt_id, self.job.workflow_id) as self._inbox:
@@ -150,6 +151,8 @@ class AttemptRun:
         watchdog = self._backend.watchdog
         if Signal.WITHDRAW in self._signals:
             return _REMOVE_EVERY_SECONDS
+        if self.ended:  # the socket has said all it will say: its history could not be read
+            return _END_AGAIN_SECONDS
         if not self.started:
             return watchdog.config.doubt if watchdog.doubtful() else _LOOK_AFTER_SECONDS
         if self._silence_told or not watchdog.config.stall:

@@ -40,10 +40,11 @@ class Measuring:
             return await self._measure(found)
         return outputs
 
-    def cancel(self) -> None:
+    async def aclose(self) -> None:
         """Nobody asks any more."""
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def measure(client: ComfyUIClient, root: Path | None, outputs: Sequence[Output]) -> tuple[Output, ...]:
