@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Tests wait more than they compute: three processes keep two cores busy.
+SPREAD := -n 3 --dist worksteal
 
 .PHONY: help setup demo serve test test-all check format definitions bench chaos soak clean
 
@@ -24,10 +26,10 @@ serve: $(STAMP) ## the service, with the settings of the environment and .env
 	@$(BIN)/management-api serve
 
 test: $(STAMP) ## the tests: minutes, nothing but Python needed
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(BIN)/python -m pytest -q $(SPREAD) -m "not slow"
 
 test-all: $(STAMP) ## the slow ones too: real processes, faults, long runs
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(SPREAD)
 
 check: $(STAMP) ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from benchmarks.table import Number, show
 
-NAMES = ("dispatch", "post", "waiting", "footprint", "files", "fanout")
+NAMES = ("dispatch", "post", "waiting", "footprint", "files", "fanout", "scrape", "uploads")
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def _one(name: str, given: argparse.Namespace) -> Sequence[Number]:
-    from benchmarks import dispatch, fanout, files, footprint, post, store
+    from benchmarks import dispatch, fanout, files, footprint, post, scrape, store, uploads
 
     ways: dict[str, Callable[[], Sequence[Number]]] = {
         "dispatch": lambda: dispatch.run(given.comfyui, given.comfyui_outputs),
@@ -41,6 +41,8 @@ def _one(name: str, given: argparse.Namespace) -> Sequence[Number]:
         "footprint": footprint.run,
         "files": files.run,
         "fanout": fanout.run,
+        "uploads": uploads.run,
+        "scrape": scrape.run,
     }
     return ways[name]()
 

@@ -56,6 +56,13 @@ export interface ComfyUIMessage {
   workflowId?: string;
 }
 
+/** What a workflow took of the cards it ran on; each value is absent where it is not known for all of it. `gpu_seconds`: the time, once for each card. `vram_peak_bytes`: the most that a sample showed. `energy_joules`: what the cards drew meanwhile. Of several attempts that ran: their sum, and the highest peak. */
+export interface Cost {
+  gpuSeconds?: number;
+  vramPeakBytes?: number;
+  energyJoules?: number;
+}
+
 /** One thing wrong with a request or a graph. `pointer` is a JSON pointer into the request body (RFC 6901). */
 export interface Finding {
   code: string;
@@ -163,7 +170,17 @@ export interface NodeProgressed {
   message: string | null;
 }
 
-/** One result of a run: a file in ComfyUI's folders, or a text (PROTOCOL §4). `size` is in bytes and `etag` names the bytes, None when nobody could tell; `url` is relative to this service. `extra` holds what the node said beyond that (frame rate, format). */
+/** A node that the run needs, for `?include=nodes`. `seconds` of a running one are those so far. `pending`: it has not run. `stopped`: the run ended in the middle of it. A time that nobody saw is null. */
+export interface NodeTimeView {
+  nodeId: string;
+  nodeName: string;
+  nodeType: string;
+  state: "cached" | "done" | "pending" | "running" | "stopped";
+  startTime: number | null;
+  seconds: number | null;
+}
+
+/** One result of a run: a file in ComfyUI's folders, or a text (PROTOCOL §4). `size` is in bytes and `etag` names the bytes, None when nobody could tell; `url` is relative to this service. `extra` holds what the node said beyond that (frame rate, format). Once it is in a bucket (`key`, `sha256`), `url` leads there until `url_expires_at` (epoch ms; None: it does not end), and `local_url` is what `url` was before. */
 export interface Output {
   kind: "3d" | "audio" | "file" | "image" | "latent" | "text" | "video";
   nodeId: string;
@@ -175,6 +192,10 @@ export interface Output {
   etag?: string | null;
   text?: string | null;
   url?: string | null;
+  urlExpiresAt?: number | null;
+  localUrl?: string | null;
+  key?: string | null;
+  sha256?: string | null;
   extra?: Record<string, unknown> | null;
 }
 
@@ -225,13 +246,14 @@ export type Status = "cancelled" | "completed" | "failed" | "queued" | "running"
 export interface Struct {
 }
 
-/** Hear these workflows; `channels` replaces the channels; `since` asks for what was missed after that seq. `preview_format` chooses between ComfyUI's binary frames and base64 in JSON for the `preview` channel. */
+/** Hear these workflows; `channels` replaces the channels; `since` asks for what was missed after that seq. `preview_format` chooses between ComfyUI's binary frames and base64 in JSON for the `preview` channel. With `names` old, `upload:completed` comes as `upload_complete`, as clients of older services know it. */
 export interface Subscribe {
   type: "subscribe";
   workflowId?: string | Array<string> | null;
   channels?: Array<"backend" | "comfyui" | "gpu" | "node" | "preview" | "queue" | "workflow"> | null;
   since?: number | null;
   previewFormat?: "binary" | "json" | null;
+  names?: "new" | "old" | null;
 }
 
 /** What the socket hears from now on (`workflowIds` null: all), and how things are as of `seq`. */
@@ -258,6 +280,30 @@ export interface Unsubscribed {
   seq: number;
 }
 
+/** The n-th output of a run is in the bucket. Links are made when it is told: what is stored has none. */
+export interface UploadCompleted {
+  type: "upload:completed";
+  timestamp: number;
+  workflowId?: string;
+  seq?: number;
+  n: number;
+  output: Output;
+  url: string | null;
+  urlExpiresAt: number | null;
+}
+
+/** The n-th output of a run will never be in the bucket, because it is gone. */
+export interface UploadFailed {
+  type: "upload:failed";
+  timestamp: number;
+  workflowId?: string;
+  seq?: number;
+  n: number;
+  output: Output;
+  error: string;
+  url: string | null;
+}
+
 /** It was cancelled; the verdict stands even while ComfyUI still stops. */
 export interface WorkflowCancelled {
   type: "workflow:cancelled";
@@ -278,6 +324,7 @@ export interface WorkflowCompleted {
   errors: Array<Finding>;
   backend: string | null;
   gpu: string | null;
+  cost: Cost | null;
 }
 
 /** An attempt failed. With `will_retry` the workflow waits again; without, it has failed for good. */
@@ -295,7 +342,7 @@ export interface WorkflowError {
   duration: number | null;
 }
 
-/** Where a running workflow is. `progress` is 0..100 and never goes back within an attempt. */
+/** Where a running workflow is. `progress` is 0..100 and never goes back within an attempt. Half of such workflows end within `eta_seconds` from now, nine of ten within `eta_p90_seconds`. */
 export interface WorkflowProgress {
   type: "workflow:progress";
   timestamp: number;
@@ -309,6 +356,7 @@ export interface WorkflowProgress {
   message: string | null;
   nodes: NodeCounts;
   etaSeconds: number | null;
+  etaP90Seconds: number | null;
 }
 
 /** Accepted, or waiting again after its attempt was lost (`attempt` > 0 then). */
@@ -363,6 +411,7 @@ export interface WorkflowView {
   steps: number | null;
   message: string | null;
   etaSeconds: number | null;
+  etaP90Seconds: number | null;
   outputsReused: boolean;
   metadata: Record<string, unknown> | null;
   promptId: string | null;
@@ -370,8 +419,13 @@ export interface WorkflowView {
   timeoutSeconds: number;
   retryOf: string | null;
   submittedBy: string | null;
+  cost: Cost | null;
+  template?: string;
+  templateVersion?: number;
+  parameters?: unknown;
   workflow?: unknown;
   attempts?: Array<AttemptView>;
+  nodeTimes?: Array<NodeTimeView>;
 }
 
-export type Frame = WorkflowQueued | WorkflowStarted | WorkflowCompleted | WorkflowCancelled | WorkflowError | ImagesGenerated | BackendConnected | BackendDisconnected | BackendStalled | WorkflowProgress | NodeExecuting | NodeProgressed | NodeExecuted | QueueStatus | GpuSample | ComfyUIMessage | PreviewText | Pong | Heartbeat | Subscribed | Unsubscribed | Refused | Gap;
+export type Frame = WorkflowQueued | WorkflowStarted | WorkflowCompleted | WorkflowCancelled | WorkflowError | ImagesGenerated | UploadCompleted | UploadFailed | BackendConnected | BackendDisconnected | BackendStalled | WorkflowProgress | NodeExecuting | NodeProgressed | NodeExecuted | QueueStatus | GpuSample | ComfyUIMessage | PreviewText | Pong | Heartbeat | Subscribed | Unsubscribed | Refused | Gap;

@@ -6,7 +6,7 @@ Must never hold a rule itself.
 from __future__ import annotations
 
 import gc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -21,19 +21,24 @@ from management_api.keys import KeyRing
 from management_api.limits import ClientAddress, RateLimiter
 from management_api.logging import SILENT, Logs
 from management_api.open_streams import OpenStreams
-from management_api.openapi import openapi_config, prepare, static_router
+from management_api.openapi import STATIC, openapi_config, prepare, static_router
 from management_api.outer import Outer
 from management_api.route_names import RouteNames
 from management_api.security import Authenticator, ScopeGate
 from management_api.services import Base, Services, start_services
 from management_api.settings import Settings
+from management_api.template_operations import GENERIC, mark, operations
 from managers.clock import Clock, SystemClock
 from metrics.http import HttpMetrics
 from metrics.registry import new_registry
 from routes.backends import backend_routes
 from routes.bodies import JsonRequest
+from routes.dashboard import dashboard_routes
 from routes.definitions import definition_routes
+from routes.deliveries import delivery_routes
 from routes.files import files_routes
+from routes.generate import generate_routes
+from routes.inputs import input_routes
 from routes.managed import managed_routes
 from routes.options import options_route
 from routes.replay import replay_routes
@@ -41,6 +46,9 @@ from routes.service import service_routes
 from routes.status import status_routes
 from routes.stream import stream_routes
 from routes.tasks import task_routes
+from routes.templates import template_routes
+from routes.usage import usage_routes
+from routes.webhooks import webhook_routes
 from routes.workflows import workflow_routes
 
 ROUTES: list[ControllerRouterHandler] = [
@@ -51,9 +59,16 @@ ROUTES: list[ControllerRouterHandler] = [
     *stream_routes,
     *definition_routes,
     *files_routes,
+    *input_routes,
     *status_routes,
+    *usage_routes,
     *task_routes,
     *managed_routes,
+    *delivery_routes,
+    *webhook_routes,
+    *template_routes,
+    *generate_routes,
+    *dashboard_routes(STATIC / "dashboard"),
 ]
 """Every door of the service."""
 
@@ -116,6 +131,7 @@ def create_app(
         logging_config=None,
         debug=False,
     )
+    litestar.state["living"] = LivingTemplates(running)
     application = Application(
         litestar,
         authenticator=base.authenticator,
@@ -129,6 +145,22 @@ def create_app(
     )
     application.litestar, application.base, application.running = litestar, base, running
     return application
+
+
+class LivingTemplates:
+    """The operations of templates, while there are services (`openapi.Living`)."""
+
+    def __init__(self, running: Sequence[Services]) -> None:
+        self._running = running
+
+    def mark(self) -> Hashable:
+        """See `template_operations.mark`."""
+        return mark(self._running[0].templates) if self._running else None
+
+    def paths(self, finished: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `template_operations.operations`."""
+        generic = finished["paths"].get(GENERIC)
+        return operations(self._running[0].templates, generic["post"]) if generic and self._running else {}
 
 
 def _settle(app: Litestar) -> None:

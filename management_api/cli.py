@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(commands)
+    _add_monitor(commands)
     _add_demo(commands)
     _add_simulator(commands)
     _add_submit(commands)
@@ -86,6 +87,28 @@ def _add_serve(commands: Commands) -> None:
         action="store_true",
         help="when stopped, wait first for the workflows that run, within MANAGEMENT_API_SHUTDOWN_SECONDS; its "
         "default, 30 s, is short for that: give it as long as a workflow may take (also MANAGEMENT_API_DRAIN=true)",
+    )
+
+
+def _add_monitor(commands: Commands) -> None:
+    def run(_: argparse.Namespace) -> int:
+        from management_api.commands.monitor import run
+
+        return run()
+
+    _add(
+        commands,
+        "monitor",
+        run,
+        "tell EventBridge what others submit to a ComfyUI",
+        """
+        It takes no work, and submits and stops nothing. A client id is printed at the start: what is submitted to
+        ComfyUI under it is told with every node; of all else start, end and outputs are told. With S3_BUCKET
+        outputs are uploaded too. /health, /ready and /metrics are on MANAGEMENT_API_PORT.
+        """,
+        """
+        EVENTBRIDGE_BUS_NAME=comfyui COMFYUI_URL=http://127.0.0.1:8188 management-api monitor
+        """,
     )
 
 

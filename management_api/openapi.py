@@ -7,9 +7,9 @@ replies every operation has, the examples of `documented`. Must never load anyth
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, Router
@@ -68,22 +68,58 @@ class _Page(OpenAPIRenderPlugin):
         return _PAGE.encode()
 
 
-class _Description(OpenAPIRenderPlugin):
-    """The description in one encoding, made once: YAML of a large one takes its time."""
+class Living(Protocol):
+    """Operations that come and go while the service runs."""
 
-    def __init__(self, path: list[str], media_type: MediaType, encode: Callable[[Any], bytes]) -> None:
+    def mark(self) -> Hashable:
+        """Another one when they are others."""
+        ...
+
+    def paths(self, finished: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What they add to the paths of the finished description."""
+        ...
+
+
+class _Description(OpenAPIRenderPlugin):
+    """The description in one encoding, kept until its operations are others: YAML of a large one takes its time."""
+
+    def __init__(
+        self, path: list[str], media_type: MediaType, encode: Callable[[Any], bytes], splice: Callable[..., bytes]
+    ) -> None:
         super().__init__(path=path, media_type=media_type)
         self._encode = encode
-        self._made: bytes | None = None
+        self._splice = splice
+        self._finished: dict[str, Any] = {}
+        self._mark: Hashable = None
+        self._base: bytes | None = None
+        self._made = b""
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        """The bytes that `prepare` made."""
-        return self._made if self._made is not None else self.make(finish(request.app, openapi_schema))
-
-    def make(self, finished: dict[str, Any]) -> bytes:
-        """Encode the finished description and keep it."""
-        self._made = self._encode(finished)
+        """The bytes that `prepare` made, with the operations there are now."""
+        if self._base is None:
+            self.make(finish(request.app, openapi_schema))
+        living: Living | None = request.app.state.get("living")
+        if living is not None and (mark := living.mark()) != self._mark:
+            self._made = self._splice(self._base, living.paths(self._finished))
+            self._mark = mark
         return self._made
+
+    def make(self, finished: dict[str, Any]) -> None:
+        """Encode the finished description and keep it."""
+        self._finished, self._mark = finished, None
+        self._base = self._made = self._encode(finished)
+
+
+def _splice_json(base: bytes, paths: Mapping[str, Any]) -> bytes:
+    """The description with these paths, without encoding the others again."""
+    more = msgspec.json.encode(paths)[1:-1]
+    return base.replace(b'"paths":{', b'"paths":{' + more + b",", 1) if more else base
+
+
+def _splice_yaml(base: bytes, paths: Mapping[str, Any]) -> bytes:
+    """The same."""
+    lines = msgspec.yaml.encode(paths).splitlines(keepends=True) if paths else []
+    return base.replace(b"\npaths:\n", b"\npaths:\n" + b"".join(b"  " + line for line in lines), 1)
 
 
 def _finish_reply(response: Response[Any]) -> Response[Any]:
@@ -123,9 +159,12 @@ def openapi_config(version: str) -> OpenAPIConfig:
         tags=[
             Tag(name="service", description="What this is."),
             Tag(name="workflows", description="Submit, follow, cancel, retry."),
+            Tag(name="generate", description="Parameters in, pictures out."),
+            Tag(name="templates", description="Graphs with typed parameters."),
             Tag(name="stream", description="Live events."),
             Tag(name="files", description="Models and outputs."),
             Tag(name="queue", description="The queue as a whole."),
+            Tag(name="delivery", description="What others are told: webhooks, and the log of deliveries."),
             Tag(name="tasks", description="Programs that providers run."),
             Tag(name="monitoring", description="Health, readiness, metrics."),
         ],
@@ -133,8 +172,8 @@ def openapi_config(version: str) -> OpenAPIConfig:
         openapi_router=Router("/docs", route_handlers=[], include_in_schema=False, after_request=_finish_reply),
         render_plugins=[
             _Page(path="/", media_type=MediaType.HTML),
-            _Description(["/json", "/openapi.json"], MediaType.JSON, msgspec.json.encode),
-            _Description(["/yaml", "/openapi.yaml"], MediaType.TEXT, msgspec.yaml.encode),
+            _Description(["/json", "/openapi.json"], MediaType.JSON, msgspec.json.encode, _splice_json),
+            _Description(["/yaml", "/openapi.yaml"], MediaType.TEXT, msgspec.yaml.encode, _splice_yaml),
         ],
     )
 
@@ -193,7 +232,7 @@ def _document(operation: dict[str, Any], handler: HTTPRouteHandler, components: 
         reference, found = _struct_schema(told["body"])
         components.update(found)
         content = {"application/json": {"schema": reference}}
-        operation.setdefault("requestBody", {"required": True, "content": content})
+        operation.setdefault("requestBody", {"required": not told["optional"], "content": content})
     if told.get("request") is not None:
         for media in operation.get("requestBody", {}).get("content", {}).values():
             media["example"] = told["request"]
@@ -205,6 +244,8 @@ def _document(operation: dict[str, Any], handler: HTTPRouteHandler, components: 
             media["example"] = told["reply"]
         for kind, example in told["also"].items():
             reply["content"][kind] = {"schema": {"type": "string"}, "example": example}
+    for status in told.get("pictures", ()):
+        operation["responses"][str(status)]["content"]["image/*"] = {"schema": {"type": "string", "format": "binary"}}
 
 
 _RETRY_AFTER = {

@@ -27,16 +27,22 @@ _STREAMS = ("/events", "/logs/stream")
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 CHANGES = (
     ("/v1/comfyui/stream/ticket", KeyScope.READ),  # nothing but another way to read
+    ("/v1/templates/propose", KeyScope.READ),  # nothing is stored
+    ("/v1/templates", KeyScope.ADMIN),
     ("/v1/comfyui/queue", KeyScope.ADMIN),
     ("/v1/comfyui/backends", KeyScope.ADMIN),
     ("/v1/comfyui/output/", KeyScope.ADMIN),
     ("/v1/comfyui/workflow/retry", KeyScope.ADMIN),
+    ("/v1/deliveries", KeyScope.ADMIN),
+    ("/v1/webhooks", KeyScope.ADMIN),
     ("/v1/tasks", KeyScope.ADMIN),  # they run programs
 )
 """What the methods that change something need, by the beginning of the route's template; all else is `submit`."""
+SECRETS = ("/v1/webhooks",)  # addresses that others gave us are as good as keys to them
+"""What only an admin may read, by the beginning of the route's template."""
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/healthz", "/readyz", "/metrics", "/docs"})
-OPEN_TREES = ("/docs/",)
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/healthz", "/readyz", "/metrics", "/docs", "/dashboard"})
+OPEN_TREES = ("/docs/", "/dashboard/")
 
 
 def is_open(path: str, *, metrics_auth: bool = False) -> bool:
@@ -63,7 +69,7 @@ def is_limited(method: str, path: str) -> bool:
 def needed_scope(method: str, template: str) -> KeyScope:
     """The scope that an operation needs: the one rule for all of them, for those to come too."""
     if method in READING:
-        return KeyScope.READ
+        return KeyScope.ADMIN if template.startswith(SECRETS) else KeyScope.READ
     return next((scope for beginning, scope in CHANGES if template.startswith(beginning)), KeyScope.SUBMIT)
 
 

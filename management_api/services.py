@@ -8,29 +8,45 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
-from msgspec import Struct
+from msgspec import Struct, structs
 from prometheus_client import CollectorRegistry
 
 from management_api import __version__
+from management_api.eventbridge import make_eventbridge
 from management_api.programs import LOOPBACK, managed_config, tasks_config, uncharged
 from management_api.security import Authenticator
 from management_api.settings import Settings
+from management_api.uploads import make_uploads
 from managers.clock import Clock, new_id
 from managers.comfyui.backend import BackendConfig
+from managers.comfyui.fetching import FetchConfig, Fetcher
+from managers.comfyui.inputs import ClassOf
+from managers.comfyui.preparing import InputConfig, Inputs
 from managers.comfyui.restart import RestartConfig
 from managers.comfyui.watchdog import WatchConfig
+from managers.delivery.endpoints import Webhooks
+from managers.delivery.eventbridge import EventBridge
+from managers.delivery.office import Deliveries
+from managers.delivery.sqlite_deliveries import SqliteDeliveries
+from managers.delivery.webhooks import Sender, as_stored
 from managers.errors import StoreUnavailable
 from managers.events.hub import Hub
 from managers.events.tickets import Tickets
+from managers.events.types import Cost
 from managers.files import MODEL_TYPES, Files, FilesConfig, OutputOwner
 from managers.gpu import GpuConfig, GpuManager
+from managers.guard import Guard
 from managers.processes.comfyui import ManagedComfyUI
 from managers.processes.manager import ProcessManager
 from managers.system import DiskWatch, SystemMonitor
+from managers.templates.registry import Templates
+from managers.templates.sqlite_templates import SqliteTemplates
 from managers.workflows.dispatcher import Dispatcher, DispatcherConfig
+from managers.workflows.inputs import InputDoor
 from managers.workflows.manager import QueueConfig, WorkflowManager
 from managers.workflows.outputs import OutputDoor
 from managers.workflows.retention import Retention, RetentionConfig
@@ -66,16 +82,21 @@ class Services(Struct, frozen=True):
     streams: Streams
     files: Files
     output_door: OutputDoor
+    inputs: InputDoor
     gpus: GpuManager
     tasks: ProcessManager
     system: SystemMonitor
     managed: Managed
+    deliveries: Deliveries
+    webhooks: Webhooks
+    templates: Templates
 
     async def close_doors(self) -> None:
         """The first step of stopping, before the server closes its sockets: no new work, streams end with 1001."""
         self.workflows.drain()
         self.tasks.drain()
         self.managed.drain()
+        self.deliveries.stop()
         await self.hub.close()
 
 
@@ -87,6 +108,12 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
     program = managed_config(settings)
     store = SqliteStore(settings.api.data_dir, clock=clock, ids=new_id, aging_seconds=settings.comfyui.priority_aging)
     hub = Hub(store)
+    uploads = make_uploads(settings, store=store, clock=clock)
+
+    def cost_of(workflow_id: str) -> Cost | None:  # asked when all have met
+        cost = gpus.cost_of(workflow_id)
+        return None if cost is None else Cost(**structs.asdict(cost))
+
     workflows = WorkflowManager(
         QueueConfig(
             max_waiting=settings.comfyui.max_queue,
@@ -97,9 +124,20 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         events=hub,
         clock=clock,
         new_id=new_id,
+        cost_of=cost_of,
+        links=None if uploads is None else uploads.links,
     )
     await store.open(workflows.committed)
+    await workflows.forecast.open()
     backends = backend_configs(settings)
+
+    async def classes(backend: str) -> ClassOf:
+        await workflows.catalogs.current((backend,))
+        return workflows.catalogs.node_class
+
+    input_config = InputConfig(spool=settings.api.data_dir / "inputs", max_bytes=settings.inputs.max_bytes)
+    fetcher = Fetcher(Guard(allow_private=settings.inputs.allow_private), fetch_config(settings))
+    inputs = Inputs(input_config, fetcher=fetcher, classes=classes)
     dispatchers = [
         Dispatcher(
             DispatcherConfig(
@@ -112,10 +150,14 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
             store=store,
             events=hub,
             live=workflows.live,
+            forecast=workflows.forecast,
             describe=workflows.describe,
             clock=clock,
             new_id=new_id,
             client_id=await store.client_id(backend.name),
+            cost_of=cost_of,
+            before_complete=uploads.before_complete if uploads is not None and settings.s3.before_complete else None,
+            inputs=inputs,
         )
         for backend in backends
     ]
@@ -141,6 +183,29 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         ),
         Owners(store, next((backend.name for backend in backends if backend.outputs), None)),
     )
+    outgoing = SqliteDeliveries(store)
+    deliveries = Deliveries(store=outgoing, log=store, clock=clock, new_id=new_id)
+    sender = Sender(
+        Guard(allow_private=settings.delivery.webhook_allow_private),
+        clock=clock,
+        agent=f"comfyui-management-api/{__version__}",
+    )
+    webhooks = Webhooks(
+        store=outgoing,
+        deliveries=deliveries,
+        sender=sender,
+        clock=clock,
+        new_id=new_id,
+        dress=as_stored if uploads is None else uploads.links.dressed,
+    )
+    templates = Templates(
+        SqliteTemplates(store),
+        workflows,
+        clock,
+        folders=template_folders(settings),
+        default=settings.api.generate_template,
+    )
+    await templates.open()
     services = Services(
         service=ServiceInfo(
             version=__version__, started=clock.monotonic(), clock=clock, metrics_auth=settings.api.metrics_auth
@@ -151,18 +216,26 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         hub=hub,
         streams=Streams(
             hub=hub,
-            log=store,
+            log=workflows.log,
             source=workflows,
             tickets=tickets,
             clock=clock,
             origins=settings.api.cors_allowed_origins,
         ),
         files=files,
-        output_door=OutputDoor(store, [dispatcher.backend for dispatcher in dispatchers]),
+        output_door=OutputDoor(
+            store,
+            [dispatcher.backend for dispatcher in dispatchers],
+            links=None if uploads is None else uploads.links,
+        ),
+        inputs=InputDoor(input_config, [dispatcher.backend for dispatcher in dispatchers], new_id=new_id),
         gpus=gpus,
         tasks=tasks,
         system=SystemMonitor(settings.api.data_dir),
         managed=Managed(comfyui),
+        deliveries=deliveries,
+        webhooks=webhooks,
+        templates=templates,
     )
     disks = DiskWatch({"data": settings.api.data_dir, "outputs": settings.comfyui.outputs})
     metrics = HouseMetrics(
@@ -173,25 +246,49 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         clock=clock,
         tasks=tasks,
         disks=disks,
+        deliveries=deliveries,
     )
     await tasks.open()
-    retention = Retention(RetentionConfig(days=settings.api.retention), store, clock)
+    stop_hearing = hub.listen(deliveries.hear)
+    await webhooks.open()
+    if uploads is not None:
+        await deliveries.add(uploads.destination(services.output_door))
+    eventbridge = make_eventbridge(
+        settings,
+        records=store,
+        hub=hub,
+        clock=clock,
+        client_ids={dispatcher.name: dispatcher.backend.client_id for dispatcher in dispatchers},
+        dress=None if uploads is None else uploads.links.dressed,
+    )
+    if eventbridge is not None:
+        await deliveries.add(eventbridge)
+    retention = Retention(RetentionConfig(days=settings.api.retention), store, clock, heard=deliveries.heard)
+    log_retention = Retention(RetentionConfig(days=settings.delivery.log_days), outgoing, clock)
     work = [
         asyncio.create_task(_keep(gpus), name="gpus"),  # first: no start of a workflow may pass unheard
         *(asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers),
         asyncio.create_task(retention.run(), name="retention"),
+        asyncio.create_task(log_retention.run(), name="retention of the delivery log"),
         asyncio.create_task(_keep(disks), name="disks"),
         *([asyncio.create_task(_keep(comfyui), name="comfyui")] if comfyui else ()),
+        *([asyncio.create_task(_keep(eventbridge), name="eventbridge")] if eventbridge else ()),
     ]
     try:
         yield services
     finally:
         await services.close_doors()
+        stop_hearing()
+        await deliveries.aclose()  # while the store can still record what arrives
+        await webhooks.aclose()
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+        if eventbridge is not None:
+            await eventbridge.aclose()
         for dispatcher in dispatchers:
             await dispatcher.aclose()
+        await fetcher.aclose()
         if comfyui is not None:
             await comfyui.aclose()
         await tasks.aclose()
@@ -215,6 +312,21 @@ def backend_configs(settings: Settings) -> list[BackendConfig]:
     ]
 
 
+def fetch_config(settings: Settings) -> FetchConfig:
+    """How patient we are with those who have the inputs of workflows."""
+    return FetchConfig(
+        timeout_seconds=settings.s3.download_timeout_ms / 1000,
+        retries=settings.s3.download_retries,
+        delay_seconds=settings.s3.download_retry_delay_ms / 1000,
+        agent=f"comfyui-management-api/{__version__}",
+    )
+
+
+def template_folders(settings: Settings) -> list[Path]:
+    """Where templates lie as files; of two with one name that of the later folder counts."""
+    return [settings.api.data_dir / "templates", *([settings.api.templates] if settings.api.templates else ())]
+
+
 def restart_config(settings: Settings, backend: BackendConfig) -> RestartConfig:
     """How a stalled backend is restarted. The command is told which one, without what is secret in its address."""
     parts = urlsplit(backend.url)
@@ -234,7 +346,7 @@ def gpu_config(settings: Settings) -> GpuConfig:
     )
 
 
-async def _keep(work: Dispatcher | GpuManager | ManagedComfyUI | DiskWatch) -> None:
+async def _keep(work: Dispatcher | GpuManager | ManagedComfyUI | DiskWatch | EventBridge) -> None:
     """Run it for ever. A fault of ours must not stop the queue: what was open is reconciled by the next run."""
     while True:
         try:

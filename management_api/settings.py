@@ -51,6 +51,8 @@ class ApiSettings(Struct, frozen=True):
     key: str
     keys_file: Path | None
     providers_file: Path | None
+    templates: Path | None
+    generate_template: str
     host: str
     port: int
     data_dir: Path
@@ -102,6 +104,59 @@ class GpuSettings(Struct, frozen=True):
     backends: tuple[values.BackendCards, ...] | None
 
 
+class S3Settings(Struct, frozen=True):
+    """Where outputs are uploaded to (`bucket` None: nowhere), how, and what links to them look like. `url_ttl` in s.
+
+    `public_base` and `cdn` None: links are signed, for `public_endpoint`.
+    """
+
+    bucket: str | None
+    prefix: str
+    endpoint: str | None
+    public_endpoint: str | None
+    public_base: str | None
+    cdn: str | None
+    url_ttl: int
+    concurrency: int
+    before_complete: bool
+    delete_local: bool
+    download_timeout_ms: int
+    download_retries: int
+    download_retry_delay_ms: int
+
+
+class AwsSettings(Struct, frozen=True):
+    """Who we are to AWS and to stores that speak like it. Without keys the roles of the machine count."""
+
+    region: str
+    access_key_id: str | None
+    secret_access_key: str | None
+    session_token: str | None
+
+
+class EventBridgeSettings(Struct, frozen=True):
+    """The event bus (`bus_name` None: there is none), and how it is told."""
+
+    bus_name: str | None
+    endpoint: str | None
+    naming: values.Naming
+    progress_seconds: float
+
+
+class DeliverySettings(Struct, frozen=True):
+    """What leaves the house: how many days it stays in the log (0: no limit), and where webhooks may go."""
+
+    log_days: int
+    webhook_allow_private: bool
+
+
+class InputSettings(Struct, frozen=True):
+    """Files that workflows begin with: how large one may be, and where they may be fetched from."""
+
+    max_bytes: int
+    allow_private: bool
+
+
 class LogSettings(Struct, frozen=True):
     """What is logged, and how."""
 
@@ -127,9 +182,21 @@ class Settings(Struct, frozen=True):
     api: ApiSettings
     comfyui: ComfyUISettings
     gpu: GpuSettings
+    s3: S3Settings
+    aws: AwsSettings
+    eventbridge: EventBridgeSettings
+    delivery: DeliverySettings
+    inputs: InputSettings
     log: LogSettings
     rows: tuple[Row, ...] = ()
     environ: dict[str, str] = {}
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no line of the log is to show."""
+        aws = self.aws
+        given = (self.api.key, aws.access_key_id, aws.secret_access_key, aws.session_token)
+        return tuple(secret for secret in given if secret)
 
 
 def load(environ: Mapping[str, str], dotenv: Path | None, *, require_key: bool = True) -> Settings:
@@ -152,7 +219,18 @@ def load(environ: Mapping[str, str], dotenv: Path | None, *, require_key: bool =
     if require_key and not found["MANAGEMENT_API_KEY"]:
         raise SettingsError("MANAGEMENT_API_KEY is not set: choose the key that may do everything")
     _fall_back(found)
-    sections: dict[str, dict[str, Any]] = {"api": {}, "comfyui": {}, "models": {}, "gpu": {}, "log": {}}
+    sections: dict[str, dict[str, Any]] = {
+        "api": {},
+        "comfyui": {},
+        "models": {},
+        "gpu": {},
+        "s3": {},
+        "aws": {},
+        "eventbridge": {},
+        "delivery": {},
+        "inputs": {},
+        "log": {},
+    }
     for variable in VARIABLES:
         section, _, field = variable.field.partition(".")
         if section:
@@ -165,6 +243,11 @@ def load(environ: Mapping[str, str], dotenv: Path | None, *, require_key: bool =
             restart_environ={name: environ[name] for name in _HARMLESS if name in environ},
         ),
         gpu=GpuSettings(**sections["gpu"]),
+        s3=S3Settings(**sections["s3"]),
+        aws=AwsSettings(**sections["aws"]),
+        eventbridge=EventBridgeSettings(**sections["eventbridge"]),
+        delivery=DeliverySettings(**sections["delivery"]),
+        inputs=InputSettings(**sections["inputs"]),
         log=LogSettings(**sections["log"]),
         rows=tuple(
             Row(variable.name, _shown(variable, found[variable.name]), _default(variable), sources[variable.name])
@@ -213,6 +296,8 @@ def _fall_back(found: dict[str, Any]) -> None:
     address = f"[{host}]" if ":" in host else host
     found["COMFYUI_URL"] = found["COMFYUI_URL"] or f"http://{address}:{found['COMFYUI_PORT']}"
     found["COMFYUI_BACKENDS"] = found["COMFYUI_BACKENDS"] or (BackendSettings("local", found["COMFYUI_URL"]),)
+    if bool(found["AWS_ACCESS_KEY_ID"]) != bool(found["AWS_SECRET_ACCESS_KEY"]):
+        raise SettingsError("AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together: give both, or none")
     known = {backend.name for backend in found["COMFYUI_BACKENDS"]}
     for place in found["GPU_BACKENDS"] or ():
         if place.name not in known:

@@ -20,6 +20,7 @@ from msgspec import Struct
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error", "critical"]
 LogFormat = Literal["auto", "console", "json"]
+Naming = Literal["camel", "snake"]
 
 
 class BackendSettings(Struct, frozen=True):
@@ -144,6 +145,41 @@ def url(text: str) -> str:
     return text.rstrip("/")
 
 
+def address(what: str) -> Callable[[str], str]:
+    """A parser for addresses of other services, without a slash at their end."""
+
+    def parse(text: str) -> str:
+        allowed = f"{what}, an http:// or https:// address without query, like https://s3.example.com"
+        try:
+            return url(text)
+        except ValueError:
+            raise ValueError(allowed) from None
+
+    return parse
+
+
+def domain(text: str) -> str:
+    """A host name, as a CDN gives one."""
+    if not re.fullmatch(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?", text, re.ASCII):
+        raise ValueError("a host name, like d111111abcdef8.cloudfront.net, without https:// and path")
+    return text.lower()
+
+
+def bucket(text: str) -> str:
+    """A name that S3 allows, with the capitals and underscores of older ones."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", text, re.ASCII):
+        raise ValueError("the name of a bucket: 3 to 255 of a-z 0-9 . _ -")
+    return text
+
+
+def prefix(text: str) -> str:
+    """Where keys begin, without slashes at either end."""
+    parts = [part for part in text.split("/") if part]
+    if any(not re.fullmatch(r"[A-Za-z0-9._=-]+", part, re.ASCII) or set(part) == {"."} for part in parts):
+        raise ValueError("names with / between, like generated/comfyui, of a-z A-Z 0-9 . _ = -")
+    return "/".join(parts)
+
+
 def backends(text: str) -> tuple[BackendSettings, ...]:
     """`name=address` pairs."""
     allowed = (
@@ -216,6 +252,13 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(_parts(text))
 
 
+def template(text: str) -> str:
+    """The name of a template, perhaps with an alias or a version."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}(@[a-z0-9-]{1,32})?", text):
+        raise ValueError("the name of a template, like txt2img or portrait@prod")
+    return text
+
+
 def host(text: str) -> str:
     """A name or an address, an IPv6 one with or without brackets."""
     if not re.fullmatch(r"[A-Za-z0-9._:%-]+|\[[0-9A-Fa-f:.]+\]", text):
@@ -234,6 +277,14 @@ _LEVELS: dict[str, LogLevel] = {
     "critical": "critical",
 }
 _FORMATS: dict[str, LogFormat] = {"auto": "auto", "console": "console", "json": "json"}
+
+
+def naming(text: str) -> Naming:
+    """How names of several words are written."""
+    namings: dict[str, Naming] = {"camel": "camel", "snake": "snake"}
+    if text not in namings:
+        raise ValueError("camel or snake")
+    return namings[text]
 
 
 def log_level(text: str) -> LogLevel:

@@ -38,6 +38,7 @@ _VARIABLES = (
     ("KEY", "key", values.key, None, "The key that may do everything. Required."),
     ("KEYS_FILE", "keys_file", values.file, None, "More keys, each with its own rights: [keys](#keys)."),
     ("PROVIDERS_FILE", "providers_file", values.file, None, "What tasks may run: [tasks](tasks.md#providers)."),
+    ("TEMPLATES", "templates", values.folder, None, "Templates as files: [generate](generate.md#files)."),
     ("PORT", "port", values.whole(0, 65535), "9090", "The port to listen on; 0 takes a free one."),
     ("HOST", "host", values.host, _HOST, "The address to listen on."),
     ("DATA_DIR", "data_dir", values.folder, None, "Where the queue and its records are kept."),
@@ -51,10 +52,64 @@ _VARIABLES = (
     ("SHUTDOWN_SECONDS", "shutdown_seconds", values.seconds(), "30", "How long stopping may take."),
     ("DRAIN", "drain", values.boolean, "false", "Stopping waits for running workflows to end, in that time."),
 )
+_UPLOADS = (
+    ("S3_BUCKET", "s3.bucket", values.bucket, None, "Where outputs are uploaded to: [deliveries](delivery.md#s3)."),
+    (
+        "S3_PREFIX",
+        "s3.prefix",
+        values.prefix,
+        "generated/comfyui",
+        "Where keys begin: `S3_PREFIX/jobs/<workflowId>/`.",
+    ),
+    ("S3_ENDPOINT_URL", "s3.endpoint", values.address("the address of the store"), None, "A store that is not AWS."),
+    (
+        *("S3_PUBLIC_ENDPOINT_URL", "s3.public_endpoint", values.address("the address of the store"), None),
+        "The same as others reach it: signed links name it.",
+    ),
+    (
+        *("S3_PUBLIC_BASE_URL", "s3.public_base", values.address("the public address of the bucket"), None),
+        "A bucket that all may read: links begin with it and are not signed.",
+    ),
+    ("CLOUDFRONT_DOMAIN", "s3.cdn", values.domain, None, "A CDN before the bucket; `S3_PUBLIC_BASE_URL` goes first."),
+    ("S3_URL_TTL", "s3.url_ttl", values.whole(60, 604800), "86400", "Seconds that a signed link lives."),
+    ("UPLOAD_CONCURRENCY", "s3.concurrency", values.whole(1, 64), "4", "How many outputs go up at once."),
+    (
+        *("UPLOAD_BEFORE_COMPLETE", "s3.before_complete", values.boolean, "false"),
+        "A workflow is told complete when its outputs are uploaded, or 300 s later.",
+    ),
+    (
+        "UPLOAD_DELETE_LOCAL",
+        "s3.delete_local",
+        values.boolean,
+        "false",
+        "Remove what was uploaded from this machine.",
+    ),
+    (
+        *("DOWNLOAD_TIMEOUT_MS", "s3.download_timeout_ms", values.whole(100, 600_000), "7000"),
+        "How long the sender may be silent while an output (of a ComfyUI elsewhere) or an input is fetched.",
+    ),
+    ("DOWNLOAD_RETRIES", "s3.download_retries", values.whole(0, 100), "2", "How often that is taken up again."),
+    ("DOWNLOAD_RETRY_DELAY_MS", "s3.download_retry_delay_ms", values.whole(0, 600_000), "750", "The pause before."),
+    ("AWS_REGION", "aws.region", values.key, "us-east-1", "The region of what is used of AWS, or of the store."),
+    ("AWS_ACCESS_KEY_ID", "aws.access_key_id", values.key, None, "The key for it."),
+    ("AWS_SECRET_ACCESS_KEY", "aws.secret_access_key", values.key, None, "Its secret."),
+    ("AWS_SESSION_TOKEN", "aws.session_token", values.key, None, "What goes with a key that ends."),
+)
+_UPLOAD_FALLBACKS = {
+    "S3_BUCKET": "none: nothing is uploaded",
+    "S3_ENDPOINT_URL": "AWS",
+    "S3_PUBLIC_ENDPOINT_URL": "`S3_ENDPOINT_URL`",
+    "S3_PUBLIC_BASE_URL": "none",
+    "CLOUDFRONT_DOMAIN": "none",
+    "AWS_ACCESS_KEY_ID": "web identity, container or instance role",
+    "AWS_SECRET_ACCESS_KEY": "as above",
+    "AWS_SESSION_TOKEN": "none",
+}
 _FALLBACKS = {
     "KEY": "none",
     "KEYS_FILE": "none",
     "PROVIDERS_FILE": "four ready ones",
+    "TEMPLATES": "none but `templates` in the data folder",
     "DATA_DIR": "the user data folder of the platform",
 }
 
@@ -212,6 +267,73 @@ VARIABLES: tuple[Variable, ...] = (
         None,
         "Which ComfyUIs run on GPUs of this machine, and on which where that does not show: [GPUs](metrics.md#gpus).",
         fallback="those at a loopback address",
+    ),
+    *(
+        Variable(
+            *(name, field, parse, default, description),
+            fallback=_UPLOAD_FALLBACKS.get(name, ""),
+            secret=name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+        )
+        for name, field, parse, default, description in _UPLOADS
+    ),
+    Variable(
+        "DELIVERY_LOG_DAYS",
+        "delivery.log_days",
+        values.whole(0, 36500),
+        "7",
+        "Days that what arrived stays in the [delivery log](delivery.md#the-delivery-log); 0: no limit.",
+    ),
+    Variable(
+        "WEBHOOK_ALLOW_PRIVATE",
+        "delivery.webhook_allow_private",
+        values.boolean,
+        "false",
+        "Webhooks may go to private networks and to this machine: for a lab.",
+    ),
+    Variable(
+        "INPUT_MAX_BYTES",
+        "inputs.max_bytes",
+        values.size,
+        "512MiB",
+        "The largest [input](COMFYUI_API.md#inputs), uploaded by hand or fetched.",
+    ),
+    Variable(
+        "INPUT_ALLOW_PRIVATE",
+        "inputs.allow_private",
+        values.boolean,
+        "false",
+        "Inputs may be fetched from private networks and from this machine: for a lab.",
+    ),
+    Variable(
+        "EVENTBRIDGE_BUS_NAME",
+        "eventbridge.bus_name",
+        values.key,
+        None,
+        "The event bus that hears everything: [deliveries](delivery.md#eventbridge).",
+        fallback="none",
+    ),
+    Variable(
+        "EVENTBRIDGE_ENDPOINT_URL",
+        "eventbridge.endpoint",
+        values.address("the address of EventBridge"),
+        None,
+        "One that is not that of the region.",
+        fallback="AWS",
+    ),
+    Variable("EVENT_NAMING", "eventbridge.naming", values.naming, "camel", "Names in its events: camel or snake."),
+    Variable(
+        "EVENT_PROGRESS_SECONDS",
+        "eventbridge.progress_seconds",
+        values.seconds(),
+        "1",
+        "Seconds between two events of the same progress.",
+    ),
+    Variable(
+        "GENERATE_TEMPLATE",
+        "api.generate_template",
+        values.template,
+        "txt2img",
+        "The template of `POST /v1/generate`, with `@` and an alias where one is meant.",
     ),
     Variable("LOG_LEVEL", "log.level", values.log_level, "info", "debug, info, warning, error or critical."),
     Variable("LOG_FORMAT", "log.format", values.log_format, "auto", "console or json; auto: console on a terminal."),

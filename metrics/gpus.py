@@ -32,7 +32,7 @@ class GpuMetrics:
     """A listener of the hub (`hear`) and a collector of the registry (`collect`)."""
 
     def __init__(self, gpus: GpuManager) -> None:
-        """`gpus` has the last samples, and what each workflow cost."""
+        """`gpus` has the last samples."""
         self._gpus = gpus
         self._vram = Histogram(
             "comfyui_workflow_vram_peak_bytes",
@@ -48,12 +48,10 @@ class GpuMetrics:
         )
 
     def hear(self, event: LiveEvent | StoredEvent) -> None:
-        """A workflow completed: its cost is known by now, or will never be."""
-        if not isinstance(event, WorkflowCompleted) or event.workflow_id is UNSET:
+        """A workflow completed: what the event says is what was stored, of all its attempts."""
+        if not isinstance(event, WorkflowCompleted) or event.cost is None:
             return
-        cost = self._gpus.cost_of(event.workflow_id)
-        if cost is None:
-            return
+        cost = event.cost
         if cost.vram_peak_bytes is not UNSET:
             self._vram.observe(cost.vram_peak_bytes)
         if cost.energy_joules is not UNSET:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry
 
 from managers.clock import Clock
+from managers.delivery.office import Deliveries
 from managers.events.hub import Hub
 from managers.gpu import GpuManager
 from managers.system import DiskWatch
 from managers.workflows.manager import WorkflowManager
 from managers.workflows.model import ANY_BACKEND
+from metrics.deliveries import DeliveryMetrics
 from metrics.disks import DiskMetrics
 from metrics.gpus import GpuMetrics
 from metrics.snapshots import Snapshots
@@ -33,6 +35,7 @@ class HouseMetrics:
         clock: Clock,
         tasks: Tasks,
         disks: DiskWatch,
+        deliveries: Deliveries,
     ) -> None:
         self._registry = registry
         counted = WorkflowMetrics((ANY_BACKEND, *(dispatcher.name for dispatcher in workflows.dispatchers)))
@@ -44,6 +47,7 @@ class HouseMetrics:
             cards,
             counted_tasks,
             DiskMetrics(disks),
+            DeliveryMetrics(deliveries),
         )
         for collector in self._collectors:
             registry.register(collector)

@@ -5,8 +5,12 @@ Must never be the library's global one: two apps in one process (tests) would co
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
 
 
 def new_registry() -> CollectorRegistry:
@@ -17,10 +21,29 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """The text of all metrics and its content type: OpenMetrics when `accept` asks for it, else Prometheus text."""
+class _Collected:
+    """Families of metrics, for an encoder."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """See the library's `Collector`."""
+        return self._families
+
+
+async def exposition(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
+    """The text of all metrics and its content type: OpenMetrics when `accept` asks for it, else Prometheus text.
+
+    Values are read on the event loop, where nothing changes meanwhile, with a turn for others after each family; the
+    text is made in a thread.
+    """
     try:
         encode, content_type = choose_encoder(accept)
     except (TypeError, ValueError):  # a version that is no number, or stands in quotes
         encode, content_type = choose_encoder("")
-    return encode(registry), content_type
+    families = []
+    for family in registry.collect():
+        families.append(family)
+        await asyncio.sleep(0)
+    return await asyncio.to_thread(encode, _Collected(families)), content_type

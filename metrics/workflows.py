@@ -23,6 +23,7 @@ from managers.events.types import (
     WorkflowStarted,
 )
 from managers.workflows.model import Priority
+from metrics.etas import EtaJudge
 from metrics.gaps import DispatchGaps
 from metrics.nodes import NodeTimes
 
@@ -65,6 +66,7 @@ class WorkflowMetrics:
         )
         self._gaps = DispatchGaps()
         self._nodes = NodeTimes()
+        self._etas = EtaJudge()
         for status in STATUSES:
             self._total.labels(status)
         for error_type in get_args(ErrorType):
@@ -82,6 +84,7 @@ class WorkflowMetrics:
             WorkflowError: self._failed,
             **self._gaps.handlers,
             **self._nodes.handlers,
+            **self._etas.handlers,
         }
 
     def hear(self, event: LiveEvent | StoredEvent) -> None:
@@ -96,6 +99,7 @@ class WorkflowMetrics:
             yield from metric.collect()
         yield from self._gaps.collect()
         yield from self._nodes.collect()
+        yield from self._etas.collect()
 
     describe = collect
 
@@ -121,10 +125,12 @@ class WorkflowMetrics:
         if not event.outputs_reused:
             self._bytes.inc(sum(output.size or 0 for output in event.outputs))
         self._nodes.forget(event.workflow_id)
+        self._etas.completed(event)
 
     def _cancelled(self, event: WorkflowCancelled) -> None:
         self._total.labels("cancelled").inc()
         self._nodes.forget(event.workflow_id)
+        self._etas.forget(event.workflow_id)
 
     def _failed(self, event: WorkflowError) -> None:
         if event.will_retry:
@@ -133,3 +139,4 @@ class WorkflowMetrics:
             self._total.labels("failed").inc()
             self._errors.labels(event.error_type).inc()
         self._nodes.forget(event.workflow_id)
+        self._etas.forget(event.workflow_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, unquote
@@ -15,7 +16,7 @@ from litestar.response.base import ASGIResponse
 from msgspec import UNSET, Struct, UnsetType
 
 from managers.comfyui.remote_file import RemoteFile
-from managers.errors import NotFound
+from managers.errors import Gone, NotFound
 from managers.files import Files, Model, ModelType, OutputEntry, OutputFile, media_of, read
 from managers.workflows.outputs import OutputDoor
 from routes.ids import known
@@ -185,9 +186,10 @@ async def read_output(
     summary="Read an output of a workflow",
     description=(
         "The bytes that this run wrote, from the folder on this machine or through the backend's /view. When another "
-        "run has written the same name since, the answer is 410. A text output comes as text/plain."
+        "run has written the same name since, the answer is 410. A text output comes as text/plain. What is only in "
+        "a bucket any more is found there: 307."
     ),
-    responses=_FILE,
+    responses={307: ResponseSpec(None, description="It was uploaded; `Location` is a link to it."), **_FILE},
 )
 async def read_workflow_output(
     request: Request[Any, Any, Any],
@@ -199,7 +201,13 @@ async def read_workflow_output(
     output = await output_door.of_workflow(known(workflow_id), n)
     if output.text is not None:
         return ASGIResponse(body=output.text.encode(), media_type="text/plain; charset=utf-8")
-    return file_response(request, await output_door.open(workflow_id, output))
+    try:
+        return file_response(request, await output_door.open(workflow_id, output))
+    except (NotFound, Gone):
+        link = await output_door.link(workflow_id, n)
+        if link is None:
+            raise
+        return ASGIResponse(status_code=307, headers={"location": link, "cache-control": "no-store"})
 
 
 @delete(
@@ -229,8 +237,10 @@ async def delete_output(
 files_routes = [list_models, list_outputs, read_output, read_workflow_output, delete_output]
 
 
-def file_response(request: Request[Any, Any, Any], file: OutputFile | RemoteFile) -> ASGIResponse:
-    """Answer a GET or HEAD with this file, in whole or in part, wherever it lies."""
+def file_response(
+    request: Request[Any, Any, Any], file: OutputFile | RemoteFile, more: Mapping[str, str] | None = None
+) -> ASGIResponse:
+    """Answer a GET or HEAD with this file, in whole or in part, wherever it lies, with `more` headers."""
     media = media_of(file.name)
     return ranged_response(
         request.scope,
@@ -243,6 +253,7 @@ def file_response(request: Request[Any, Any, Any], file: OutputFile | RemoteFile
             "content-type": media.type,
             "content-disposition": content_disposition(file.name, inline=media.inline),
             "cache-control": "private, no-cache",  # the same name may hold another picture tomorrow
+            **(more or {}),
         },
     )
 

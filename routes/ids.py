@@ -11,8 +11,8 @@ UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 _is_uuid = re.compile(UUID).fullmatch
 
 
-def known(workflow_id: str) -> str:
-    """The id, if it can be one. Raises `NotFound`: what is no UUID names no workflow (CONTRACT 2)."""
-    if not _is_uuid(workflow_id):
-        raise NotFound(f"Workflow {workflow_id[:64]!r} not found: an id is a lower-case UUID")
-    return workflow_id
+def known(one: str, what: str = "Workflow") -> str:
+    """The id, if it can be one. Raises `NotFound`: what is no UUID names nothing (CONTRACT 2)."""
+    if not _is_uuid(one):
+        raise NotFound(f"{what} {one[:64]!r} not found: an id is a lower-case UUID")
+    return one

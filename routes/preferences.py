@@ -6,7 +6,7 @@ import re
 
 from msgspec import Struct
 
-_MAX_WAIT_SECONDS = 300
+MAX_WAIT_SECONDS = 300
 
 
 class Preferences(Struct, frozen=True):
@@ -30,7 +30,7 @@ def preferences(header: str | None) -> Preferences:
         name, _, value = part.strip().partition("=")
         value = value.strip().strip('"')
         if name.strip().lower() == "wait" and re.fullmatch(r"\d{1,9}", value):
-            wait = float(min(int(value), _MAX_WAIT_SECONDS))
+            wait = float(min(int(value), MAX_WAIT_SECONDS))
         elif name.strip().lower() == "handling" and value.lower() == "strict":
             strict = True
     return Preferences(wait, strict)

@@ -6,7 +6,7 @@ Must never build an answer itself: routes raise `managers.errors`, `management_a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -112,10 +112,14 @@ def documented(
     request: Any = None,
     reply: Any = None,
     also: Mapping[str, str] | None = None,
+    optional: bool = False,
+    pictures: Sequence[int] = (),
 ) -> dict[str, Any]:
     """For a route's `opt=`: what the documentation shows beside the signature.
 
     `body` is the Struct of a JSON body that the route decodes itself (`routes.bodies`), `request` and `reply` are
     examples as they go over the wire; `also` are the other media types of the reply, each with an example.
+    `optional`: the body may be left out. `pictures`: statuses whose reply may be a picture.
     """
-    return {"documented": {"body": body, "request": request, "reply": reply, "also": also or {}}}
+    told = {"body": body, "request": request, "reply": reply, "also": also or {}}
+    return {"documented": {**told, "optional": optional, "pictures": pictures}}

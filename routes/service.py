@@ -45,11 +45,27 @@ ENDPOINTS: dict[str, dict[str, str]] = {
         "resume": "POST /v1/comfyui/backends/{name}/resume",
         "retryAll": "POST /v1/comfyui/workflow/retry",
     },
+    "generate": {
+        "generate": "POST /v1/generate/{template}",
+        "templates": "GET /v1/templates",
+        "save": "PUT /v1/templates/{name}",
+        "propose": "POST /v1/templates/propose",
+    },
     "monitoring": {
         "status": "GET /v1/status",
         "health": "GET /health",
         "ready": "GET /ready",
         "metrics": "GET /metrics",
+        "usage": "GET /v1/usage",
+    },
+    "delivery": {
+        "webhooks": "POST /v1/webhooks",
+        "deliveries": "GET /v1/deliveries",
+        "retry": "POST /v1/deliveries/{deliveryId}/retry",
+    },
+    "pages": {
+        "dashboard": "GET /dashboard",
+        "documentation": "GET /docs",
     },
 }
 
@@ -131,14 +147,15 @@ _STAMP = "2026-11-22T16:03:11.482Z"
             "name": NAME,
             "version": "1.0.0",
             "documentation": "/docs",
-            "authentication": "X-API-Key header required (except /, /health, /ready, /metrics, /docs)",
+            "authentication": "X-API-Key header required (except /, /health, /ready, /metrics, /docs, /dashboard)",
             "endpoints": ENDPOINTS,
         }
     ),
 )
 async def root(service: NamedDependency[SkipValidation[ServiceInfo]]) -> RootReply:
     """Answer GET /."""
-    open_paths = "/, /health, /ready, /docs" if service.metrics_auth else "/, /health, /ready, /metrics, /docs"
+    metrics = "" if service.metrics_auth else " /metrics,"
+    open_paths = f"/, /health, /ready,{metrics} /docs, /dashboard"
     return RootReply(
         name=NAME,
         version=service.version,
@@ -225,7 +242,7 @@ async def metrics(
     request: Request[Any, Any, Any], registry: NamedDependency[SkipValidation[CollectorRegistry]]
 ) -> Response[bytes]:
     """Answer GET /metrics."""
-    text, content_type = exposition(registry, request.headers.get("accept", ""))
+    text, content_type = await exposition(registry, request.headers.get("accept", ""))
     return Response(text, media_type=content_type)
 
 

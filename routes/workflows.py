@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from urllib.parse import quote
 
 import msgspec
@@ -17,8 +17,10 @@ from litestar.response import Stream
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from managers.callers import Caller
+from managers.delivery.endpoints import Webhooks
 from managers.errors import InvalidRequest
 from managers.events.types import ErrorType, Finding
+from managers.guard import MAX_URL
 from managers.workflows.manager import DryRun, Page, Submission, WorkflowManager
 from managers.workflows.model import ANY_BACKEND, Filter, IdempotencyKey, Priority, Status, Submitted
 from managers.workflows.replay import retry
@@ -50,6 +52,7 @@ class SubmitRequest(Struct, frozen=True, kw_only=True, rename="camel"):
     extra_data: Annotated[Raw, Meta(extra_json_schema={"type": ["object", "null"]})] | UnsetType = UNSET
     max_attempts: Annotated[int, Meta(ge=1, le=100)] | None = None
     timeout_seconds: Annotated[float, Meta(gt=0, le=30 * 86400)] | None = None
+    webhook_url: Annotated[str, Meta(min_length=1, max_length=MAX_URL)] | None = None
 
 
 class SubmitReply(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -119,7 +122,8 @@ _EXAMPLE_VIEW = {
     "step": 15,
     "steps": 20,
     "message": "Generating image using K-Sampler: 15/20 steps (75%)",
-    "etaSeconds": None,
+    "etaSeconds": 4.6,
+    "etaP90Seconds": 5.2,
     "outputsReused": False,
     "metadata": None,
     "promptId": "0b0e7c2e-58f4-4a50-8f7f-5e1f0a3b7c55",
@@ -127,6 +131,7 @@ _EXAMPLE_VIEW = {
     "timeoutSeconds": 3600,
     "retryOf": None,
     "submittedBy": "admin",
+    "cost": {"gpuSeconds": 4.181, "vramPeakBytes": 8913944576, "energyJoules": 1322.4},
 }
 
 _ACCEPTED = ResponseSpec(SubmitReply, description="It is on disk.", generate_examples=False)
@@ -138,14 +143,15 @@ _ACCEPTED = ResponseSpec(SubmitReply, description="It is on disk.", generate_exa
     description=(
         "Checks the graph, stores the workflow and answers 202: from then on it survives a restart. "
         "`Prefer: wait=N` holds the reply for the end, `Prefer: handling=strict` refuses what only might run, "
-        "`?dryRun=true` stores nothing, `Idempotency-Key` makes repeating the request safe for 24 hours."
+        "`?dryRun=true` stores nothing, `Idempotency-Key` makes repeating the request safe for 24 hours. "
+        "`webhookUrl` is called when the workflow starts and when it ends."
     ),
     tags=["workflows"],
     status_code=202,
     responses={
         202: _ACCEPTED,
         200: ResponseSpec(
-            WorkflowView | DryRun,
+            cast("Any", WorkflowView | DryRun),  # the library's type names single types only
             description="The workflow has ended (`Prefer: wait`), or what would become of it (`?dryRun=true`).",
             generate_examples=False,
             examples=[Example(summary="Ended", value=_EXAMPLE_VIEW | {"status": "completed", "progress": 100})],
@@ -161,6 +167,7 @@ _ACCEPTED = ResponseSpec(SubmitReply, description="It is on disk.", generate_exa
 async def submit_workflow(
     request: Request[Any, Any, Any],
     workflows: NamedDependency[WorkflowManager],
+    webhooks: NamedDependency[Webhooks],
     dry_run: Annotated[bool, QueryParameter(name="dryRun", description="Only say what would become of it.")] = False,
     prefer: Annotated[str | None, HeaderParameter(name="Prefer", description="RFC 7240.")] = None,
     idempotency_key: Annotated[
@@ -173,6 +180,8 @@ async def submit_workflow(
     body = await read_json(request, _submit)
     caller = caller_of(request)
     submission = _submission(body, caller)
+    if body.webhook_url is not None:
+        await webhooks.check(body.webhook_url, "/webhookUrl")
     if dry_run:
         verdict = await workflows.dry_run(submission, strict=wanted.strict)
         return Response(verdict, status_code=200, headers=wanted.headers)
@@ -220,7 +229,10 @@ async def list_workflows(
 @get(
     PATH + "/{workflow_id:str}",
     summary="Look at a workflow",
-    description="Its state, progress and outputs. `?include=workflow,attempts` adds the graph and its attempts.",
+    description=(
+        "Its state, progress and outputs. `?include=workflow,attempts,nodes` adds the graph, its attempts, and the "
+        "times of its nodes (`nodeTimes`)."
+    ),
     tags=["workflows"],
     responses=problems(404),
     opt=documented(reply=_EXAMPLE_VIEW),
@@ -228,12 +240,15 @@ async def list_workflows(
 async def get_workflow(
     workflows: NamedDependency[WorkflowManager],
     workflow_id: FromPath[str],
-    include: Annotated[str, QueryParameter(description="`workflow`, `attempts`, or both with a comma.")] = "",
+    include: Annotated[str, QueryParameter(description="Any of `workflow`, `attempts`, `nodes`, with commas.")] = "",
 ) -> WorkflowView:
     """One workflow."""
     wanted = {part.strip() for part in include.split(",")}
     return await workflows.get(
-        known(workflow_id), with_graph="workflow" in wanted, with_attempts="attempts" in wanted
+        known(workflow_id),
+        with_graph="workflow" in wanted,
+        with_attempts="attempts" in wanted,
+        with_nodes="nodes" in wanted,
     )
 
 
@@ -326,7 +341,7 @@ async def workflow_events(
         return event_stream(
             workflows.follow(workflow.id, _last_event_id(request)), welcome=caller_of(request).welcome
         )
-    frames = await workflows.store.events_of(workflow.id)
+    frames = await workflows.log.events_of(workflow.id)
     return Response(EventsReply([Raw(frame.data) for frame in frames]))
 
 
@@ -345,6 +360,7 @@ def _submission(body: SubmitRequest, caller: Caller) -> Submission:
         timeout_seconds=body.timeout_seconds,
         submitted_by=caller.name,
         max_queued=caller.max_queued,
+        webhook_url=body.webhook_url,
     )
 
 
@@ -364,7 +380,7 @@ async def _accepted(
     if wanted.wait is not None:
         ended = await workflows.wait(workflow.id, wanted.wait)
         if ended.final:
-            return Response(workflows.view(ended), status_code=200, headers=headers)
+            return Response(await workflows.get(ended.id), status_code=200, headers=headers)
     reply = SubmitReply(
         workflow_id=workflow.id,
         status=submitted.status,

@@ -93,6 +93,8 @@ async def test_open_paths_need_no_key(start_service: StartService, query: str) -
         "/docs/",
         "/docs/json",
         "/docs/static/swagger-ui.css",
+        "/dashboard",
+        "/dashboard/app.js",
     ):
         assert (await service.client.get(path + query)).status_code == 200, path
     assert (await service.client.get("/docs/nothing" + query)).status_code == 404
@@ -109,7 +111,7 @@ async def test_metrics_can_be_closed(start_service: StartService) -> None:
 def test_what_is_open_is_a_short_list() -> None:
     assert is_open("/docs/static/x")
     assert is_open("/docs//x")
-    for path in ("/v1", "/v1/docs", "//docs", "/docs.json", "/Docs", "/healthzz", "/dashboard", "", "/v1/health"):
+    for path in ("/v1", "/v1/docs", "//docs", "/docs.json", "/Docs", "/healthzz", "/dashboards", "", "/v1/health"):
         assert not is_open(path) or path == "", path
 
 

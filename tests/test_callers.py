@@ -190,7 +190,8 @@ async def test_admin_operations_are_these(house: House) -> None:
     admin = {door for door in doors(house.app) if needed_scope(*door) is ADMIN}
     assert ("POST", "/v1/comfyui/queue/{action}") in admin
     assert ("DELETE", "/v1/comfyui/output/{path}") in admin
-    assert not any(method in {"GET", "WS"} for method, _ in admin)
+    read = {template for method, template in admin if method in {"GET", "WS"}}
+    assert read == {"/v1/webhooks", "/v1/webhooks/{webhook_id}", "/v1/webhooks/secret"}, "addresses and a secret"
     for template in (
         "/v1/comfyui/backends/{name}/{action}",
         "/v1/comfyui/backends/{name}/drain",

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from managers.events.types import (
@@ -20,7 +20,6 @@ from managers.events.types import (
     WorkflowStarted,
 )
 from metrics.nodes import MAX_TYPES, OTHER
-from metrics.registry import exposition
 from metrics.workflows import WorkflowMetrics
 from tests.scraping import Sample, nodes, sample, values
 
@@ -32,7 +31,7 @@ def metrics_after(*events: Any) -> dict[Sample, float]:
     registry.register(metrics)
     for event in events:
         metrics.hear(event)
-    return values(parse_text(exposition(registry, "")[0].decode()))
+    return values(parse_text(generate_latest(registry).decode()))
 
 
 def message(kind: str, workflow_id: str, at: int, backend: str = "a") -> ComfyUIMessage:

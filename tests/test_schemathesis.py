@@ -16,7 +16,9 @@ from tests.queue_kit import PATH, picture
 from tests.simulator_process import simulator
 
 # DELETE on a workflow cancels it, and its record stays. What a schema cannot say is refused with 400 or 422: a name
-# that no backend has, a cursor that we never gave, a graph that cannot run, metadata that is too long.
+# that no backend has, a cursor that we never gave, a graph that cannot run, metadata that is too long, a first
+# day after the last, an address that nobody may call, inputs that the graph has not, a model that is not installed.
+# Nobody waits for pictures here: the ComfyUI is busy with hundreds of them.
 CONFIG = """
 warnings = false
 
@@ -30,8 +32,14 @@ max-steps = 5
 include-name = [
   "GET /v1/comfyui/workflow", "GET /v1/comfyui/outputs", "GET /v1/comfyui/output/{path}",
   "HEAD /v1/comfyui/output/{path}", "DELETE /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow", "POST /v1/tasks",
+  "GET /v1/usage", "GET /v1/deliveries", "POST /v1/webhooks", "PATCH /v1/webhooks/{webhook_id}",
 ]
 checks.positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "404", "409", "416", "422"]
+
+[[operations]]
+include-path-regex = "^/v1/(generate|templates)"
+parameters = { "query.wait" = 0.1 }
+checks.positive_data_acceptance.expected-statuses = ["2xx", "400", "404", "409", "422"]
 """
 # A task whose program is not installed is a 503, and that is right: so there is one.
 PROVIDERS = f"""

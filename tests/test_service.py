@@ -24,7 +24,7 @@ async def test_root_lists_the_doors(service: Service) -> None:
         *("submit", "status", "cancel", "list", "models", "outputs", "output", "stream"),
     }
     assert reply["endpoints"]["comfyui"]["submit"] == "POST /v1/comfyui/workflow"
-    assert set(reply["endpoints"]["monitoring"]) == {"status", "health", "ready", "metrics"}
+    assert set(reply["endpoints"]["monitoring"]) == {"status", "health", "ready", "metrics", "usage"}
 
 
 async def test_root_names_only_doors_that_exist(service: Service) -> None:

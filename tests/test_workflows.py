@@ -31,8 +31,8 @@ from tests.serving import Log
 VIEW = {
     "workflowId", "status", "progress", "currentNode", "startTime", "completionTime", "outputs", "error", "priority",
     "gpu", "backend", "createdAt", "queuePosition", "attempt", "errors", "errorType", "nodes", "currentNodeId",
-    "currentNodeType", "step", "steps", "message", "etaSeconds", "outputsReused", "metadata", "promptId",
-    "maxAttempts", "timeoutSeconds", "retryOf", "submittedBy",
+    "currentNodeType", "step", "steps", "message", "etaSeconds", "etaP90Seconds", "outputsReused", "metadata",
+    "promptId", "maxAttempts", "timeoutSeconds", "retryOf", "submittedBy", "cost",
 }  # fmt: skip
 SECRET = "extra-secret-9fK2"
 UNKNOWN = "5b6f0c1e-93a7-4d52-8e0f-2a9c4b7d1e68"

@@ -165,6 +165,7 @@ class Demo:
         say(f"  completed in {seconds:.1f} s\n")
         say(f"  picture   {outputs / (picture.subfolder or '') / (picture.filename or '')}")
         say(f"            {self.url}{picture.url}")
+        say(f"  page      {self.url}/dashboard")
         say(f"  docs      {self.url}/docs")
         say(f"  key       {self.key}")
         self.example = f"curl -H 'X-API-Key: {self.key}' {self.url}{WORKFLOWS}/{ended.workflow_id}"

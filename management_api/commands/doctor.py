@@ -20,6 +20,7 @@ import httpx
 from msgspec import Struct
 
 from management_api.commands.listener import CannotStart, bind
+from management_api.commands.template_checks import template_checks
 from management_api.commands.terminal import clean, complain, say
 from management_api.keys import KeysError, read_keys
 from management_api.services import backend_configs
@@ -79,6 +80,10 @@ async def _checks(settings: Settings) -> AsyncIterator[Check]:
     for config in backend_configs(settings):
         async for check in _comfyui(config):
             yield check
+    if settings.s3.bucket is not None:
+        yield await _bucket(settings)
+    async for good, text, advice in template_checks(settings):
+        yield Check("good" if good else "doubtful", text, advice)
     for check in await asyncio.to_thread(lambda: list(_folders(settings))):
         yield check
 
@@ -187,6 +192,39 @@ def _folders(settings: Settings) -> Iterator[Check]:
     if missing:
         advice = "Right for a ComfyUI on another machine. Else set COMFY_PATH, or the variable of the folder"
         yield Check("doubtful", f"not there, so their lists are empty: {', '.join(missing)}", advice)
+
+
+# ---- the bucket
+
+
+async def _bucket(settings: Settings) -> Check:
+    """Put an object there, open its link, take it away again."""
+    from management_api.uploads import link_config, make_bucket
+    from managers.delivery.s3_bucket import BucketTrouble
+
+    bucket, config = make_bucket(settings), link_config(settings)
+    assert bucket is not None  # noqa: S101 - asked before
+    name = f"bucket {bucket.name}"
+    key = "/".join(part for part in (settings.s3.prefix, f"doctor-{new_id()}.txt") if part)
+    try:
+        await bucket.put(key, b"doctor", size=6, attributes={"Content-Type": "text/plain"})
+    except BucketTrouble as error:
+        advice = "Look at S3_BUCKET, S3_ENDPOINT_URL, AWS_REGION, the keys, and what they may do: docs/delivery.md"
+        return Check("bad", f"{name}: {error}", advice)
+    try:
+        link = f"{config.base}/{key}" if config.base else (await bucket.sign(bucket.name, [key], 60))[0]
+        async with httpx.AsyncClient(timeout=10, trust_env=False) as client:
+            status: object = (await client.get(link)).status_code
+    except (BucketTrouble, httpx.HTTPError) as error:
+        status = type(error).__name__
+    try:
+        await bucket.delete(key)
+    except BucketTrouble as error:
+        return Check("doubtful", f"{name}: takes objects; {key} stays there, as it may not be deleted: {error}")
+    if status != 200:
+        advice = "Others may reach it all the same. Look at S3_PUBLIC_ENDPOINT_URL, S3_PUBLIC_BASE_URL"
+        return Check("doubtful", f"{name}: takes objects, but their link does not open from here ({status})", advice)
+    return Check("good", f"{name}: takes objects, and their links open")
 
 
 # ---- ComfyUI

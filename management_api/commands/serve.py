@@ -50,7 +50,7 @@ def run(*, drain: bool = False) -> int:
 
     # The store's thread wants the interpreter lock for every statement; 5 ms, the default, is ten commits long.
     sys.setswitchinterval(0.0005)
-    logs = configure(settings.log.level, settings.log.format, secrets=(settings.api.key,))
+    logs = configure(settings.log.level, settings.log.format, secrets=settings.secrets)
     status = 0
     try:
         with bind(settings.api.host, settings.api.port) as listener:

@@ -14,6 +14,7 @@ from managers.comfyui.backend import Backend, Inbox, Location, Place, Signal
 from managers.comfyui.client import Rejected, Unanswered
 from managers.comfyui.measuring import Measuring, with_folder_url, with_run_url
 from managers.comfyui.partial import partial
+from managers.comfyui.preparing import Inputs, Preparing
 from managers.comfyui.protocol import (
     End,
     Executed,
@@ -55,7 +56,8 @@ _TOLERANCE_SECONDS = 0.01  # a timer may wake us a little early
 class AttemptRun:
     """One attempt in flight."""
 
-    def __init__(self, backend: Backend, job: Job, sink: Sink) -> None:
+    def __init__(self, backend: Backend, job: Job, sink: Sink, inputs: Inputs | None = None) -> None:
+        """`inputs` fetches what the graph names elsewhere; None: it is posted as it is."""
         self.job = job
         self.started = job.start_time is not None
         self.ended = False
@@ -72,10 +74,12 @@ class AttemptRun:
         self._following = False
         self._silence_told = False
         self._measuring = Measuring(backend.measure)
+        self._preparing = Preparing(inputs, backend)
 
     def tell(self, signal: Signal) -> None:
         """WITHDRAW: take it back if it has not started. CANCEL: take it away in any case."""
         self._signals.add(signal)
+        self._preparing.call_off()
         if self._inbox is not None:
             self._inbox.put_nowait(signal)
 
@@ -103,8 +107,11 @@ class AttemptRun:
         with self._backend.inbox(self.job.prompt_id, self.job.workflow_id) as self._inbox:
             if self._start_time is not None:
                 self._set_deadline()
+            graph = None if self.job.posted else await self._prepare()
             frames_at_post = self._backend.frames
-            verdict = await (self._look_until_answered() if self.job.posted else self._post())
+            if isinstance(graph, Verdict):
+                return graph
+            verdict = await (self._look_until_answered() if graph is None else self._post(graph))
             deaf_at = None if self.job.posted else self._backend.clock.monotonic() + _DEAF_AFTER_SECONDS
             while verdict is None:
                 verdict = await self._commanded()
@@ -221,17 +228,21 @@ class AttemptRun:
 
     # ---- what goes out
 
-    async def _post(self) -> Verdict | None:
+    async def _prepare(self) -> bytes | Verdict:
+        """The graph to post, its inputs in place. Whoever wants it back need not wait for them."""
+        if not self._signals:
+            graph = await self._preparing.graph(self.job)
+            if graph is not None:
+                return graph
+        return Verdict(result=Result.GONE if Signal.CANCEL in self._signals else Result.WITHDRAWN)
+
+    async def _post(self, graph: bytes) -> Verdict | None:
         job = self.job
-        if Signal.CANCEL in self._signals:
-            return Verdict(result=Result.GONE)
-        if Signal.WITHDRAW in self._signals:
-            return Verdict(result=Result.WITHDRAWN)
         try:
             answer = await self._backend.client.post_prompt(
                 prompt_id=job.prompt_id,
                 client_id=self._backend.client_id,
-                graph=job.graph,
+                graph=graph,
                 extra_data=job.extra_data,
             )
         except BackendUnavailable as error:

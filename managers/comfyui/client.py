@@ -6,8 +6,9 @@ Must never retry: whether a call may be made twice is known to `backend`, not he
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -18,6 +19,7 @@ from msgspec import Raw, Struct
 from managers.comfyui import tolerant
 from managers.comfyui.channel import Answer, Channel, NoAnswer, NotSent
 from managers.comfyui.protocol import HistoryEntry, PromptAccepted, Queue, SystemStats, read_history
+from managers.comfyui.spool import Spool
 from managers.errors import BackendUnavailable
 
 T = TypeVar("T")
@@ -33,6 +35,7 @@ _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 # ComfyUI validates the whole graph before it answers, and a server collecting its garbage stalls (PROTOCOL §9).
 _POST_SECONDS = 30.0
 _OBJECT_INFO_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_UPLOAD_TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # it answers when all of it is on its disk
 
 
 class Rejected(Struct, frozen=True):
@@ -45,6 +48,20 @@ class Rejected(Struct, frozen=True):
 
 class Unanswered(Exception):
     """The request may or may not have arrived: only `locate` can tell (PROTOCOL §6)."""
+
+
+class _Uploaded(Struct, frozen=True):
+    """The answer to POST /upload/image; newer servers say more."""
+
+    name: str
+    subfolder: str = ""
+
+
+_uploaded = msgspec.json.Decoder(_Uploaded, strict=False)
+
+
+class UploadRefused(Exception):
+    """ComfyUI does not take this file; the message is a sentence."""
 
 
 class ComfyUIClient:
@@ -161,6 +178,50 @@ class ComfyUIClient:
         if reply.status_code == 404 and class_type is not None:
             return b"{}"  # a name that fits no route
         return _good(Answer(reply.status_code, reply.content), "GET", path)
+
+    async def upload(self, spool: Spool, *, filename: str, subfolder: str, content_type: str) -> str:
+        """Put a file into the input folder; the name under which loaders find it, which may be another than asked.
+
+        `filename` and `subfolder` are made by us: letters, digits and `._-`. Raises `UploadRefused`.
+        """
+        boundary = secrets.token_hex(16)
+        before = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="subfolder"\r\n\r\n{subfolder}\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="type"\r\n\r\ninput\r\n'
+            f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{filename}"\r\n'
+            f"Content-Type: {content_type}\r\n\r\n"
+        ).encode()
+        after = f"\r\n--{boundary}--\r\n".encode()
+
+        async def body() -> AsyncGenerator[bytes, None]:
+            yield before
+            async with aclosing(spool.read()) as pieces:
+                async for piece in pieces:
+                    yield piece
+            yield after
+
+        headers = {
+            "content-type": f"multipart/form-data; boundary={boundary}",
+            "content-length": str(len(before) + spool.size + len(after)),
+        }
+        try:
+            async with aclosing(body()) as content:
+                reply = await self._http.post(
+                    "/upload/image", content=content, headers=headers, timeout=_UPLOAD_TIMEOUT
+                )
+        except httpx.HTTPError as error:
+            raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
+        if reply.status_code == 413:
+            raise UploadRefused(f"ComfyUI takes no file of {spool.size} bytes (see its --max-upload-size)")
+        if reply.status_code == 400:
+            raise UploadRefused("ComfyUI does not take the file")
+        try:
+            found = tolerant.decode(
+                _good(Answer(reply.status_code, reply.content), "POST", "/upload/image"), _uploaded
+            )
+        except msgspec.DecodeError as error:
+            raise BackendUnavailable("ComfyUI's answer to POST /upload/image was not understood") from error
+        return f"{found.subfolder}/{found.name}" if found.subfolder else found.name
 
     @asynccontextmanager
     async def view(

@@ -41,7 +41,7 @@ def unsafe_read(name: str) -> str | None:
         return "is an absolute path"
     if "\\" in name:
         return "holds a backslash"
-    if ".." in plain.split("/") or ".." in name.split("/"):
+    if ".." in name and (".." in plain.split("/") or ".." in name.split("/")):
         return "leaves its folder by '..'"
     return None
 

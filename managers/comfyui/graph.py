@@ -19,6 +19,8 @@ MAX_TEXT = 2**23
 """Characters of one text in a graph. Pictures travel as base64 in there, so it has to be long."""
 MAX_NAME = 1000
 """Characters of what ends up in messages, events and logs: ids, classes, names of inputs. (Titles are cut.)"""
+MAX_STEPS = 1_000_000
+"""More than any sampler makes: a number beyond that is none of steps."""
 
 # A workflow with one of these is no workflow at all: the request is malformed (CONTRACT §4: 400, nothing stored).
 REFUSED = frozenset(
@@ -195,6 +197,14 @@ def ancestors(graph: Graph, starts: Iterable[str]) -> set[str]:
                 found.add(link.source)
                 waiting.append(link.source)
     return found
+
+
+def steps_of(graph: Graph, node: Node) -> int | None:
+    """How many steps a node is to make: its input `steps`, or that of the scheduler that gives its `sigmas`."""
+    sigmas = node.links.get("sigmas")
+    scheduler = None if sigmas is None else graph.get(sigmas.source)
+    steps = (scheduler or node).inputs.get("steps")
+    return steps if type(steps) is int and 0 < steps <= MAX_STEPS else None
 
 
 def find_cycles(graph: Graph, limit: int = 10) -> list[tuple[str, ...]]:

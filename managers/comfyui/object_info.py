@@ -121,7 +121,7 @@ def _input_spec(spec: object, required: bool, pool: dict[tuple[Any, ...], Option
         options=_options(values, pool) if kind == COMBO and isinstance(values, list) else None,
         min=_number(extra.get("min")),
         max=_number(extra.get("max")),
-        file=any(key.endswith("_upload") and flag is True for key, flag in extra.items()),
+        file=any((key == "upload" or key.endswith("_upload")) and flag is True for key, flag in extra.items()),
         multiselect=extra.get("multiselect") is True,
     )
 

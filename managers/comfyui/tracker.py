@@ -11,7 +11,7 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from managers.comfyui import nodes as names
-from managers.comfyui.graph import Graph, ancestors
+from managers.comfyui.graph import Graph, ancestors, steps_of
 from managers.comfyui.object_info import NodeClass
 from managers.comfyui.outputs import outputs_of
 from managers.comfyui.protocol import (
@@ -41,11 +41,13 @@ _ALWAYS_TOLD = (ExecutionStart, ExecutionSuccess, ExecutionInterrupted, Executio
 
 
 class GraphNode(Struct, frozen=True):
-    """What the tracker needs to know of a node."""
+    """What one needs to know of a node. `steps`: how many the graph asks for; `sources`: the nodes it takes from."""
 
     class_type: str
     name: str
     weight: float
+    steps: int | None = None
+    sources: tuple[str, ...] = ()
 
 
 def describe(graph: Graph, node_class: Callable[[str], NodeClass | None]) -> dict[str, GraphNode]:
@@ -61,7 +63,10 @@ def describe(graph: Graph, node_class: Callable[[str], NodeClass | None]) -> dic
         if node_id in needed:
             found = classes[node_id]
             name = names.node_name(node.class_type, node.title, found.display_name if found else None)
-            described[node_id] = GraphNode(node.class_type, name, names.weight(node.class_type))
+            sources = tuple(link.source for link in node.links.values() if link.source in needed)
+            described[node_id] = GraphNode(
+                node.class_type, name, names.weight(node.class_type), steps_of(graph, node), sources
+            )
     return described
 
 

@@ -28,6 +28,7 @@ from managers.comfyui.graph import (
     pointer,
     shown,
 )
+from managers.comfyui.inputs import is_source
 from managers.comfyui.nearest import Nearest
 from managers.comfyui.object_info import ANY, COMBO, Catalog, InputSpec, ObjectInfo, Options
 from managers.comfyui.rejection import findings_from_rejection, scrub
@@ -261,8 +262,8 @@ def _fits(received: str, wanted: str) -> bool:
 def _check_value(
     node: Node, name: str, value: object, spec: InputSpec, *, graph: Graph, nearest: Nearest
 ) -> Iterator[Finding]:
-    if spec.dynamic:
-        return
+    if spec.dynamic or is_source(node.class_type, name, value, spec):
+        return  # what is fetched at its turn is not there yet
     if isinstance(value, list) and not (spec.type == COMBO and spec.multiselect):
         hint = ""
         if len(value) == 2 and str(value[0]) in graph:

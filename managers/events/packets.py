@@ -30,6 +30,7 @@ _TEXT, _BINARY = 0x81, 0x82  # FIN and the opcode (RFC 6455 §5.2)
 _PREVIEW_WITH_METADATA = 4  # PROTOCOL §3, "Binary frames"
 _REPEATING = {"comfyui:progress_state", "comfyui:progress", "comfyui:status"}
 _ENDS = {"workflow:completed", "workflow:cancelled", "workflow:error"}
+_UPLOADED, _OLD_NAME = "upload:completed", "upload_complete"
 
 
 class _PreviewMetadata(Struct, frozen=True):
@@ -63,11 +64,13 @@ class Packet:
         "_content",
         "_frame",
         "_json_form",
+        "_old_form",
         "_payload",
         "_text",
         "binary",
         "channel",
         "ends",
+        "has_old_name",
         "key",
         "must",
         "seq",
@@ -85,6 +88,7 @@ class Packet:
         key: Hashable = None,
         must: bool = False,
         ends: bool = False,
+        has_old_name: bool = False,
     ) -> None:
         self.channel = channel
         self.workflow_id = workflow_id
@@ -92,12 +96,14 @@ class Packet:
         self.key = key
         self.must = must
         self.ends = ends
+        self.has_old_name = has_old_name
         self.binary = isinstance(content, Preview)
         self._content = content
         self._payload = payload
         self._text: str | None = None
         self._frame: bytes | None = None
         self._json_form: Packet | None = None
+        self._old_form: Packet | None = None
 
     @property
     def payload(self) -> bytes:
@@ -139,6 +145,19 @@ class Packet:
             self._json_form = Packet(text, channel=self.channel, workflow_id=self.workflow_id, key=self.key)
         return self._json_form
 
+    def as_old(self) -> Packet:
+        """The same under the name that it had before this service."""
+        if self._old_form is None:
+            self._old_form = _renamed(self) if self.has_old_name else self
+        return self._old_form
+
+
+def _renamed(packet: Packet) -> Packet:
+    payload = packet.payload.replace(_UPLOADED.encode(), _OLD_NAME.encode(), 1)
+    return Packet(
+        None, payload=payload, channel=packet.channel, workflow_id=packet.workflow_id, seq=packet.seq, must=True
+    )
+
 
 def live(event: LiveEvent) -> Packet:
     """A packet that may be merged with a later one, or dropped, on the way to a slow peer."""
@@ -156,6 +175,7 @@ def stored(frame: StoredFrame) -> Packet:
         seq=frame.seq,
         must=True,
         ends=frame.type in _ENDS,
+        has_old_name=frame.type == _UPLOADED,
     )
 
 

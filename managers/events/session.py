@@ -215,6 +215,8 @@ class StreamSession:
         return packet.as_json() if self._subscription.preview_format == "json" else packet
 
     def _push(self, packet: Packet) -> None:
+        if packet.has_old_name and self._subscription.names == "old":
+            packet = packet.as_old()
         if not self._outbox.waiting and self._writer.write(packet):
             return
         self._drained.clear()

@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from managers.errors import ManagerError
 from managers.events.types import Channel
 
 PreviewFormat = Literal["binary", "json"]
+Names = Literal["new", "old"]
 Seq = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 
 MAX_IDS = 1000
@@ -51,11 +53,13 @@ class Selection(Struct, frozen=True, kw_only=True, rename="camel"):
 class Subscribe(Selection, frozen=True, kw_only=True, tag_field="type", tag="subscribe"):
     """Hear these workflows; `channels` replaces the channels; `since` asks for what was missed after that seq.
 
-    `preview_format` chooses between ComfyUI's binary frames and base64 in JSON for the `preview` channel.
+    `preview_format` chooses between ComfyUI's binary frames and base64 in JSON for the `preview` channel. With
+    `names` old, `upload:completed` comes as `upload_complete`, as clients of older services know it.
     """
 
     since: Seq | None = None
     preview_format: PreviewFormat | None = None
+    names: Names | None = None
 
 
 class Unsubscribe(Selection, frozen=True, kw_only=True, tag_field="type", tag="unsubscribe"):
@@ -94,6 +98,7 @@ class Subscription(Struct, frozen=True, kw_only=True):
     ids: frozenset[str] | None = None
     channels: frozenset[Channel] = frozenset({"workflow"})
     preview_format: PreviewFormat = "binary"
+    names: Names = "new"
 
     def wants(self, channel: Channel, workflow_id: str | None) -> bool:
         """Whether an event is for this socket; what belongs to no workflow goes by its channel alone."""
@@ -113,14 +118,15 @@ class Subscription(Struct, frozen=True, kw_only=True):
             ids=ids,
             channels=self.channels if frame.channels is None else frozenset(frame.channels),
             preview_format=frame.preview_format or self.preview_format,
+            names=frame.names or self.names,
         )
 
     def remove(self, frame: Unsubscribe) -> Subscription:
         """Ids are taken from those named before: a socket that hears all cannot leave out one."""
         if not frame.ids and frame.channels is None:
-            return Subscription(ids=frozenset(), channels=self.channels, preview_format=self.preview_format)
-        return Subscription(
+            return replace(self, ids=frozenset())
+        return replace(
+            self,
             ids=None if self.ids is None else self.ids - frame.ids,
             channels=self.channels - frozenset(frame.channels or ()),
-            preview_format=self.preview_format,
         )

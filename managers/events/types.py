@@ -37,6 +37,9 @@ class Output(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=Tr
 
     `size` is in bytes and `etag` names the bytes, None when nobody could tell; `url` is relative to this service.
     `extra` holds what the node said beyond that (frame rate, format).
+
+    Once it is in a bucket (`key`, `sha256`), `url` leads there until `url_expires_at` (epoch ms; None: it does not
+    end), and `local_url` is what `url` was before.
     """
 
     kind: OutputKind
@@ -49,6 +52,10 @@ class Output(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=Tr
     etag: str | None = None
     text: str | None = None
     url: str | None = None
+    url_expires_at: int | None = None
+    local_url: str | None = None
+    key: str | None = None
+    sha256: str | None = None
     extra: dict[str, Any] | None = None
 
 
@@ -58,6 +65,18 @@ class NodeCounts(Struct, frozen=True, kw_only=True, rename="camel"):
     total: int = 0
     done: int = 0
     cached: int = 0
+
+
+class Cost(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """What a workflow took of the cards it ran on; each value is absent where it is not known for all of it.
+
+    `gpu_seconds`: the time, once for each card. `vram_peak_bytes`: the most that a sample showed. `energy_joules`:
+    what the cards drew meanwhile. Of several attempts that ran: their sum, and the highest peak.
+    """
+
+    gpu_seconds: float | UnsetType = UNSET
+    vram_peak_bytes: int | UnsetType = UNSET
+    energy_joules: float | UnsetType = UNSET
 
 
 class Event(Struct, frozen=True, kw_only=True, tag_field="type", rename="camel"):
@@ -105,6 +124,7 @@ class WorkflowCompleted(StoredEvent, frozen=True, kw_only=True, tag="workflow:co
     errors: tuple[Finding, ...] = ()
     backend: str | None = None
     gpu: str | None = None
+    cost: Cost | None = None
 
 
 class WorkflowCancelled(StoredEvent, frozen=True, kw_only=True, tag="workflow:cancelled"):
@@ -128,6 +148,24 @@ class ImagesGenerated(StoredEvent, frozen=True, kw_only=True, tag="images:genera
 
     node_id: str
     outputs: tuple[Output, ...]
+
+
+class UploadCompleted(StoredEvent, frozen=True, kw_only=True, tag="upload:completed"):
+    """The n-th output of a run is in the bucket. Links are made when it is told: what is stored has none."""
+
+    n: int
+    output: Output
+    url: str | None = None
+    url_expires_at: int | None = None
+
+
+class UploadFailed(StoredEvent, frozen=True, kw_only=True, tag="upload:failed"):
+    """The n-th output of a run will never be in the bucket, because it is gone."""
+
+    n: int
+    output: Output
+    error: str
+    url: str | None = None
 
 
 class BackendConnected(StoredEvent, frozen=True, kw_only=True, tag="backend:connected"):
@@ -159,7 +197,10 @@ class BackendStalled(StoredEvent, frozen=True, kw_only=True, tag="backend:stalle
 
 
 class WorkflowProgress(Event, frozen=True, kw_only=True, tag="workflow:progress"):
-    """Where a running workflow is. `progress` is 0..100 and never goes back within an attempt."""
+    """Where a running workflow is. `progress` is 0..100 and never goes back within an attempt.
+
+    Half of such workflows end within `eta_seconds` from now, nine of ten within `eta_p90_seconds`.
+    """
 
     progress: int
     current_node: str | None
@@ -170,6 +211,7 @@ class WorkflowProgress(Event, frozen=True, kw_only=True, tag="workflow:progress"
     message: str | None
     nodes: NodeCounts
     eta_seconds: float | None = None
+    eta_p90_seconds: float | None = None
 
 
 class NodeEvent(Event, frozen=True, kw_only=True):
@@ -255,6 +297,8 @@ AnyStoredEvent = (
     | WorkflowCancelled
     | WorkflowError
     | ImagesGenerated
+    | UploadCompleted
+    | UploadFailed
     | BackendConnected
     | BackendDisconnected
     | BackendStalled

@@ -54,6 +54,10 @@ class Costs:
         for backend in [name for name, run in self._runs.items() if run.workflow_id == workflow_id]:
             self._end(backend, at)
 
+    def forget(self, workflow_id: str) -> None:
+        """Another attempt will come, and what it takes is told anew, also when its beginning is not seen."""
+        self._ended.pop(workflow_id, None)
+
     def feed(self, backend: str, at: float, parts: Sequence[Part]) -> None:
         """A sample of the cards of a backend."""
         run = self._runs.get(backend)

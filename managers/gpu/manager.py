@@ -234,6 +234,8 @@ class GpuManager:
     def _final(self, event: WorkflowCompleted | WorkflowCancelled | WorkflowError) -> None:
         if event.workflow_id is not UNSET:
             self._costs.end(event.workflow_id, self._clock.monotonic())
+            if isinstance(event, WorkflowError) and event.will_retry:
+                self._costs.forget(event.workflow_id)  # by now it is in the store
 
     def _connected(self, event: BackendConnected) -> None:
         if event.backend in self._remotes:

@@ -14,13 +14,16 @@ from msgspec import Struct
 
 from managers.clock import Clock, IdMaker
 from managers.comfyui.backend import Backend, BackendConfig, Signal
+from managers.comfyui.preparing import Inputs
 from managers.comfyui.recovery import keep_trust
 from managers.comfyui.restart import RestartConfig
 from managers.comfyui.tracker import GraphNode
 from managers.comfyui.verdicts import Result, Verdict
 from managers.errors import BackendUnavailable, StoreUnavailable
 from managers.events.types import BackendDisconnected, StoredEvent, WorkflowProgress
-from managers.workflows.model import ANY_BACKEND, Claimed, Workflow
+from managers.workflows.forecast import Forecast
+from managers.workflows.linking import BeforeComplete
+from managers.workflows.model import ANY_BACKEND, Claimed, CostOf, Workflow
 from managers.workflows.settlement import settle
 from managers.workflows.slot import Publisher, Slot, Surroundings
 from managers.workflows.store import WorkflowStore
@@ -58,10 +61,14 @@ class Dispatcher:
         store: WorkflowStore,
         events: Publisher,
         live: dict[str, WorkflowProgress],
+        forecast: Forecast,
         describe: Describe,
         clock: Clock,
         new_id: IdMaker,
         client_id: str,
+        cost_of: CostOf,
+        before_complete: BeforeComplete | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         """`live` is where the progress of what runs can be read; this writes it."""
         self.name = config.backend.name
@@ -70,7 +77,15 @@ class Dispatcher:
             config.backend, client_id, clock=clock, publish=events.publish, on_event=self._backend_told
         )
         self._surroundings = Surroundings(
-            backend=self.backend, store=store, events=events, live=live, clock=clock, note=self.note, wake=self.wake
+            backend=self.backend,
+            store=store,
+            events=events,
+            live=live,
+            forecast=forecast,
+            inputs=inputs,
+            clock=clock,
+            note=self.note,
+            wake=self.wake,
         )
         self._config = config
         self._store = store
@@ -78,6 +93,8 @@ class Dispatcher:
         self._describe = describe
         self._clock = clock
         self._new_id = new_id
+        self._cost_of = cost_of
+        self._before_complete = before_complete
         self._slots: dict[str, Slot] = {}
         self._wake = asyncio.Event()
         self._halted = False
@@ -147,7 +164,7 @@ class Dispatcher:
 
     def expect(self) -> bool:
         """A workflow is about to be stored. With nothing in hand its claim can share that commit; whether it will."""
-        if self._slots or self._claiming or not self._is_open():
+        if self._slots or self._claiming or not self.open():
             return False
         self._expecting = True
         self.wake()
@@ -200,19 +217,20 @@ class Dispatcher:
     @property
     def current(self) -> str | None:
         """The workflow that executes."""
-        return next((slot.claimed.workflow.id for slot in self._slots.values() if slot.run.started), None)
+        return next((slot.claimed.workflow.id for slot in self._there() if slot.run.started), None)
 
     @property
     def idle(self) -> bool:
         """It could begin something at once."""
-        return self._is_open() and not self._there()
+        return self.open() and not self._there()
 
-    def _is_open(self) -> bool:
+    def open(self) -> bool:
+        """It is given work."""
         return self.backend.ready and not (self._halted or self.draining)
 
     def serves(self, workflow: Workflow) -> bool:
         """It could run here now."""
-        return workflow.gpu in self.pools and self.name not in workflow.unfit and self._is_open()
+        return workflow.gpu in self.pools and self.name not in workflow.unfit and self.open()
 
     def give_back(self, idle: str) -> None:
         """Another backend is idle: what only waits behind something here can run there."""
@@ -226,7 +244,7 @@ class Dispatcher:
     # ---- handing out
 
     async def _fill(self) -> None:
-        while self._is_open():
+        while self.open():
             pools = self._open_pools()
             waiting = self._store.next_in_line(pools, self.name)
             expecting, self._expecting = self._expecting and not self._slots, False
@@ -257,7 +275,7 @@ class Dispatcher:
             if claimed is None:
                 return
             self._begin(claimed, posted=False, cancelled=claimed.workflow.id in doomed)
-            if not self._is_open():
+            if not self.open():
                 self._take_back()
 
     def _may_claim(self) -> bool:
@@ -325,9 +343,14 @@ class Dispatcher:
             verdict = await self._verdict(slot)
             if verdict.result is Result.WITHDRAWN and verdict.error:
                 await asyncio.sleep(_UNREACHABLE_SECONDS)
-            slot.end()
+            slot.end(completed=verdict.result is Result.COMPLETED)
+            cost = self._cost_of(slot.claimed.workflow.id)
+            if self._before_complete is not None and verdict.result is Result.COMPLETED and not slot.cancelled:
+                slot.run.ended = True  # ComfyUI may have the next one meanwhile
+                self.wake()
+                await self._before_complete(slot.claimed.workflow.id, verdict.outputs)
             await self._until_stored(
-                lambda: settle(self._store, self.backend, slot.claimed, verdict, now=self._clock.now_ms())
+                lambda: settle(self._store, self.backend, slot.claimed, verdict, now=self._clock.now_ms(), cost=cost)
             )
         finally:
             del self._slots[prompt_id]

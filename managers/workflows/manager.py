@@ -20,13 +20,17 @@ from managers.comfyui.object_info import Catalog
 from managers.comfyui.tracker import GraphNode, describe
 from managers.comfyui.validation import Validation, concerned_classes, validate
 from managers.errors import Conflict, Draining, InvalidRequest, InvalidWorkflow
-from managers.events.log import StoredFrame
+from managers.events.log import EventLog, StoredFrame
 from managers.events.types import Finding, LiveEvent, QueueStatus, StoredEvent, WorkflowProgress
 from managers.workflows.dispatcher import Dispatcher
+from managers.workflows.forecast import Forecast
+from managers.workflows.linking import Linking
 from managers.workflows.model import (
     ANY_BACKEND,
+    CostOf,
     Filter,
     IdempotencyKey,
+    MadeFrom,
     NewWorkflow,
     Priority,
     QueueCounts,
@@ -36,7 +40,7 @@ from managers.workflows.model import (
     rank,
 )
 from managers.workflows.store import WorkflowStore
-from managers.workflows.views import WorkflowView, attempt_view, view
+from managers.workflows.views import WorkflowView, attempt_view, node_time_views, view
 
 _LARGE_GRAPH = 1000
 """Nodes whose check would hold up the loop: some 10 ms."""
@@ -55,6 +59,8 @@ class Submission(Struct, frozen=True, kw_only=True):
     """What a client hands in; `graph` and `extra_data` are JSON text. None: the configured value.
 
     `submitted_by` is the name of a key, of which `max_queued` may wait; None: as many as there is room for.
+    `webhook_url`, checked already, is to be called when it starts and ends. Backends in `unfit` lack a model of it:
+    others get it, where there are any.
     """
 
     graph: bytes
@@ -67,6 +73,9 @@ class Submission(Struct, frozen=True, kw_only=True):
     timeout_seconds: float | None = None
     submitted_by: str | None = None
     max_queued: int | None = None
+    webhook_url: str | None = None
+    made_from: MadeFrom | None = None
+    unfit: tuple[str, ...] = ()
 
 
 class DryRun(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -109,16 +118,22 @@ class WorkflowManager:
         events: Events,
         clock: Clock,
         new_id: IdMaker,
+        cost_of: CostOf,
+        links: Linking | None = None,
     ) -> None:
-        """`attach` the dispatchers before the first call."""
+        """`attach` the dispatchers before the first call. `links`: who knows where outputs were uploaded to."""
         self.store = store
+        self.log: EventLog = store if links is None else links.log(store)
+        self._links = links
         self.live: dict[str, WorkflowProgress] = {}
+        self.forecast = Forecast(store=store, clock=clock, describe=self.describe)
         self._config = config
         self._events = events
         self._clock = clock
         self._new_id = new_id
+        self._cost_of = cost_of
         self._dispatchers: dict[str, Dispatcher] = {}
-        self._catalogs = Catalogs([])
+        self.catalogs = Catalogs([])
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._draining = False
         self._leaving = False
@@ -128,7 +143,8 @@ class WorkflowManager:
         self._dispatchers = {dispatcher.name: dispatcher for dispatcher in dispatchers}
         for dispatcher in dispatchers:
             dispatcher.meet(dispatchers)
-        self._catalogs = Catalogs([dispatcher.backend for dispatcher in dispatchers])
+        self.catalogs = Catalogs([dispatcher.backend for dispatcher in dispatchers])
+        self.forecast.attach(dispatchers)
 
     @property
     def dispatchers(self) -> Collection[Dispatcher]:
@@ -153,8 +169,11 @@ class WorkflowManager:
 
     def committed(self, pairs: Sequence[tuple[StoredEvent, StoredFrame]]) -> None:
         """The store's commit listener: tell everybody, wake who may have work, end who waited for an end."""
+        if self._links is not None:
+            pairs = self._links.live(pairs)
         self._events.publish_stored(pairs)
-        for _, frame in pairs:
+        for event, frame in pairs:
+            self.forecast.committed(event)
             for changed in self._watchers.get(frame.workflow_id or "", ()):
                 changed.set()
         self._wake()
@@ -163,7 +182,7 @@ class WorkflowManager:
     def describe(self, graph: bytes) -> dict[str, GraphNode]:
         """The nodes of a stored graph, named with what ComfyUI calls their classes."""
         nodes = parse_graph(msgspec.json.decode(graph))
-        return describe(nodes, self._catalogs.node_class)
+        return describe(nodes, self.catalogs.node_class)
 
     # ---- in
 
@@ -190,8 +209,10 @@ class WorkflowManager:
         failure = _failure(checked.findings)
         unfit: tuple[str, ...] = ()
         if failure is None:
-            unfit = tuple(name for name in self._eligible(submission.gpu) if name not in checked.eligible)
-            any(self._dispatchers[name].expect() for name in checked.eligible)
+            names = self.eligible(submission.gpu)
+            fit = [name for name in checked.eligible if name not in submission.unfit] or checked.eligible
+            unfit = tuple(name for name in names if name not in fit)
+            any(self._dispatchers[name].expect() for name in fit)
         now = self._clock.now_ms()
         return await self.store.submit(
             NewWorkflow(
@@ -211,6 +232,8 @@ class WorkflowManager:
                 retry_of=retry_of,
                 submitted_by=submission.submitted_by,
                 unfit=unfit,
+                webhook_url=submission.webhook_url,
+                made_from=submission.made_from,
             ),
             key=key,
             max_waiting=self._config.max_waiting,
@@ -233,12 +256,20 @@ class WorkflowManager:
 
     # ---- look
 
-    async def get(self, workflow_id: str, *, with_graph: bool = False, with_attempts: bool = False) -> WorkflowView:
+    async def get(
+        self, workflow_id: str, *, with_graph: bool = False, with_attempts: bool = False, with_nodes: bool = False
+    ) -> WorkflowView:
         """Raises `NotFound`."""
-        found = self.view(await self.store.get(workflow_id))
-        if with_graph:
+        workflow = await self.store.get(workflow_id)
+        (found,) = await self._views((workflow,))
+        if with_graph or with_nodes:
             graph, _ = await self.store.graph(workflow_id)
-            found = msgspec.structs.replace(found, workflow=Raw(graph))
+            if with_graph:
+                found = msgspec.structs.replace(found, workflow=Raw(graph))
+            if with_nodes:
+                nodes = await asyncio.to_thread(self.describe, graph)
+                times = node_time_views(nodes, await self.forecast.node_times(workflow))
+                found = msgspec.structs.replace(found, node_times=times)
         if with_attempts:
             attempts = await self.store.attempts(workflow_id)
             found = msgspec.structs.replace(found, attempts=tuple(map(attempt_view, attempts)))
@@ -247,7 +278,7 @@ class WorkflowManager:
     async def list(self, wanted: Filter) -> Page:
         """Newest first."""
         page = await self.store.list(wanted)
-        return Page(workflows=tuple(map(self.view, page.workflows)), next_cursor=page.next_cursor)
+        return Page(workflows=await self._views(page.workflows), next_cursor=page.next_cursor)
 
     async def wait(self, workflow_id: str, seconds: float) -> Workflow:
         """The record when it is final, or after so many seconds as it is then. Raises `NotFound`."""
@@ -269,7 +300,7 @@ class WorkflowManager:
             while True:
                 changed.clear()
                 workflow = await self.store.get(workflow_id)
-                for frame in await self.store.events_of(workflow_id, after):
+                for frame in await self.log.events_of(workflow_id, after):
                     after = frame.seq
                     yield frame
                 if workflow.final or self._leaving:
@@ -279,11 +310,12 @@ class WorkflowManager:
     async def snapshot(self, workflow_ids: Collection[str] | None) -> tuple[int, tuple[WorkflowView, ...]]:
         """The named workflows, else the running ones, with the `seq` they are up to."""
         found = await self.store.snapshot(workflow_ids)
-        return found.seq, tuple(map(self.view, found.workflows))
+        return found.seq, await self._views(found.workflows)
 
     def view(self, workflow: Workflow) -> WorkflowView:
         """The record with its place and its progress."""
-        return view(workflow, self.store.position(workflow.id), self.live.get(workflow.id))
+        name, eta = workflow.id, self.forecast.eta(workflow)
+        return view(workflow, self.store.position(name), self.live.get(name), self._cost_of(name), eta)
 
     def counts(self) -> QueueCounts:
         """The queue at a glance."""
@@ -297,7 +329,7 @@ class WorkflowManager:
         Raises `NotFound`, `Conflict`.
         """
         try:
-            workflow = await self.store.cancel(workflow_id, self._clock.now_ms())
+            workflow = await self.store.cancel(workflow_id, self._clock.now_ms(), self._cost_of(workflow_id))
         except Conflict:
             workflow = await self.store.get(workflow_id)
             if workflow.status is Status.FAILED and workflow.attempt == 0:
@@ -312,7 +344,7 @@ class WorkflowManager:
         workflow = await self.store.set_priority(workflow_id, priority)
         for dispatcher in self.dispatchers:
             dispatcher.moved(workflow)
-        return self.view(workflow)
+        return (await self._views((workflow,)))[0]
 
     async def set_paused(self, paused: bool) -> QueueCounts:
         """Stop or resume handing out work; what is in ComfyUI runs on. Survives a restart."""
@@ -322,6 +354,12 @@ class WorkflowManager:
         return self.counts()
 
     # ---- inside
+
+    async def _views(self, workflows: Sequence[Workflow]) -> tuple[WorkflowView, ...]:
+        await self.forecast.prepare(workflows)
+        if self._links is not None:
+            workflows = await self._links.linked(workflows)
+        return tuple(map(self.view, workflows))
 
     @contextmanager
     def _watch(self, workflow_id: str) -> Iterator[asyncio.Event]:
@@ -336,23 +374,24 @@ class WorkflowManager:
                 del self._watchers[workflow_id]
 
     async def _check(self, submission: Submission, *, strict: bool) -> tuple[Validation, int]:
-        names = self._eligible(submission.gpu)
+        names = self.eligible(submission.gpu)
         graph = _decoded(submission.graph, "/workflow")
         if submission.extra_data is not None and not isinstance(_decoded(submission.extra_data, "/extraData"), dict):
             raise _invalid("extraData must be an object", "/extraData")
         if len(submission.graph) > MAX_TEXT and (long := await asyncio.to_thread(find_long_text, graph)) is not None:
             raise InvalidRequest(long.message, [long])
-        checked = await _validated(graph, await self._catalogs.current(names))
+        checked = await _validated(graph, await self.catalogs.current(names))
         refused = [finding for finding in checked.findings if finding.code in REFUSED]
         if refused:
             raise InvalidRequest(refused[0].message, refused)
         doubtful = concerned_classes(checked.findings, only_missing=not strict)
         if doubtful:
             # A stale cache must never refuse good work: ask again before saying no.
-            checked = await _validated(graph, await self._catalogs.afresh(names, doubtful))
+            checked = await _validated(graph, await self.catalogs.afresh(names, doubtful))
         return checked, len(graph) if isinstance(graph, dict) else 0
 
-    def _eligible(self, gpu: str) -> tuple[str, ...]:
+    def eligible(self, gpu: str) -> tuple[str, ...]:
+        """The names of the backends that this `gpu` stands for. Raises `InvalidRequest` for one that is not known."""
         if gpu == ANY_BACKEND:
             return tuple(self._dispatchers)
         if gpu in self._dispatchers:

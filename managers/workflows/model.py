@@ -5,12 +5,13 @@ Must never do I/O. The store refuses every move that `MOVES` does not list; nobo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
-from managers.events.types import ErrorType, Finding, NodeCounts, Output
+from managers.events.types import Cost, ErrorType, Finding, NodeCounts, Output
 
 
 class Status(StrEnum):
@@ -79,6 +80,9 @@ class Workflow(Struct, frozen=True, kw_only=True):
     `number` is the order of acceptance, `attempt` the number of the attempt in hand (0: none was posted yet);
     `timeout_seconds` counts from execution_start. `submitted_by` is the name of a key. No backend in
     `unfit` is to get it: it lacked a class of the graph, where another had all, when the workflow came in.
+    `cost` is that of the attempts that ran and ended; None: there was none yet. `webhook_url` is whom its submitter
+    wants called about it, and told to nobody: such URLs are secrets. It was made from its
+    `template`, in that version.
     """
 
     id: str
@@ -106,11 +110,23 @@ class Workflow(Struct, frozen=True, kw_only=True):
     retry_of: str | None = None
     submitted_by: str | None = None
     unfit: tuple[str, ...] = ()
+    cost: Cost | None = None
+    webhook_url: str | None = None
+    template: str | None = None
+    template_version: int | None = None
 
     @property
     def final(self) -> bool:
         """Nothing will change it any more."""
         return self.status in FINAL
+
+
+class MadeFrom(Struct, frozen=True):
+    """The version of a template that a graph was made from, and the values of its parameters, a JSON object."""
+
+    template: str
+    version: int
+    parameters: bytes
 
 
 class NewWorkflow(Struct, frozen=True, kw_only=True):
@@ -135,6 +151,8 @@ class NewWorkflow(Struct, frozen=True, kw_only=True):
     retry_of: str | None = None
     submitted_by: str | None = None
     unfit: tuple[str, ...] = ()
+    webhook_url: str | None = None
+    made_from: MadeFrom | None = None
 
 
 class IdempotencyKey(Struct, frozen=True):
@@ -189,7 +207,8 @@ class Claimed(Struct, frozen=True):
 class Outcome(Struct, frozen=True, kw_only=True):
     """How an attempt ended, for the store. `start_time` fills in a start that nobody saw. Times are epoch ms.
 
-    `progress` is how far it came (0..100), where it did not complete.
+    `progress` is how far it came (0..100), where it did not complete. `cost` is what this attempt took; None: nothing
+    is known.
     """
 
     status: Status
@@ -204,6 +223,34 @@ class Outcome(Struct, frozen=True, kw_only=True):
     errors: tuple[Finding, ...] = ()
     node_id: str | None = None
     node_type: str | None = None
+    cost: Cost | None = None
+
+
+CostOf = Callable[[str], Cost | None]
+"""A workflow's id -> what its attempt in hand took, as it ended or so far; None: nothing is known. From memory."""
+
+
+def added(before: Cost | None, attempt: Cost | None) -> Cost:
+    """The cost of a workflow after one more attempt that ran. A value that is not known for one is not for all."""
+    more = attempt or Cost()
+    if before is None:
+        return more
+    peaks = (before.vram_peak_bytes, more.vram_peak_bytes)
+    known = [peak for peak in peaks if peak is not UNSET]
+    return Cost(
+        gpu_seconds=_sum(before.gpu_seconds, more.gpu_seconds),
+        vram_peak_bytes=max(known) if len(known) == len(peaks) else UNSET,
+        energy_joules=_sum(before.energy_joules, more.energy_joules),
+    )
+
+
+def known(cost: Cost | None) -> Cost | None:
+    """As it is told: None where nothing of it is known."""
+    return None if cost == Cost() else cost
+
+
+def _sum(one: float | UnsetType, other: float | UnsetType) -> float | UnsetType:
+    return UNSET if one is UNSET or other is UNSET else round(one + other, 3)
 
 
 def merged(before: tuple[Finding, ...], after: tuple[Finding, ...]) -> tuple[Finding, ...]:

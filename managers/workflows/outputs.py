@@ -17,14 +17,17 @@ from managers.errors import Conflict, Gone, InvalidRequest, NotFound
 from managers.events.types import Finding, Output
 from managers.files import OutputFile
 from managers.files.outputs import describe
+from managers.workflows.linking import Linking
 from managers.workflows.store import WorkflowStore
 
 
 class OutputDoor:
     """Opens outputs of every backend, and says where they may be deleted."""
 
-    def __init__(self, store: WorkflowStore, backends: Sequence[Backend]) -> None:
+    def __init__(self, store: WorkflowStore, backends: Sequence[Backend], links: Linking | None = None) -> None:
+        """`links`: who knows where outputs were uploaded to."""
         self._store = store
+        self._links = links
         self._backends = {backend.name: backend for backend in backends}
 
     async def of_workflow(self, workflow_id: str, n: int) -> Output:
@@ -42,6 +45,10 @@ class OutputDoor:
         if output.etag is not None and file.etag.strip('"') != output.etag:
             raise Gone("Another run has written this file since: the output of this run is gone")
         return file
+
+    async def link(self, workflow_id: str, n: int) -> str | None:
+        """A link to where the n-th output was uploaded to; None: it was not. Raises `StoreUnavailable`."""
+        return None if self._links is None else await self._links.link(workflow_id, n)
 
     async def on_backend(self, backend: str | None, path: str, folder: str) -> OutputFile | RemoteFile:
         """A file below a folder (`output`, `temp`, `input`) of a backend; without one, of the first.

@@ -44,6 +44,7 @@ async def retry(
     if old.status not in (Status.FAILED, Status.CANCELLED):
         raise Conflict(f"Workflow {workflow_id} is {old.status} and cannot be retried", old.status)
     graph, extra_data = await workflows.store.graph(workflow_id)
+    made_from = await workflows.store.made_from(workflow_id)
 
     def again(new_id: str | None) -> Submission:
         return Submission(
@@ -57,6 +58,9 @@ async def retry(
             timeout_seconds=old.timeout_seconds,
             submitted_by=submitted_by,
             max_queued=max_queued,
+            webhook_url=old.webhook_url,
+            made_from=made_from,
+            unfit=() if made_from is None else old.unfit,
         )
 
     try:

@@ -10,14 +10,20 @@ import structlog
 from managers.comfyui.backend import Backend
 from managers.comfyui.verdicts import Result, Verdict
 from managers.errors import BackendUnavailable
+from managers.events.types import Cost
 from managers.workflows.model import Claimed, Outcome, Status
 from managers.workflows.store import WorkflowStore
 
 log = structlog.get_logger(__name__)
 
 
-async def settle(store: WorkflowStore, backend: Backend, claimed: Claimed, verdict: Verdict, *, now: int) -> None:
-    """Write it down; may be called again when the disk was full. `now` is epoch ms. Raises `StoreUnavailable`."""
+async def settle(
+    store: WorkflowStore, backend: Backend, claimed: Claimed, verdict: Verdict, *, now: int, cost: Cost | None
+) -> None:
+    """Write it down, with what the attempt took; may be called again when the disk was full. `now` is epoch ms.
+
+    Raises `StoreUnavailable`.
+    """
     prompt_id = claimed.attempt.prompt_id
     remain = claimed.attempt.number < claimed.workflow.max_attempts
     match verdict.result:
@@ -33,6 +39,7 @@ async def settle(store: WorkflowStore, backend: Backend, claimed: Claimed, verdi
                 now=now,
                 retry=remain or verdict.unseen,
                 died=verdict.died,
+                cost=cost,
             )
         case Result.FAILED if verdict.error_type == "oom" and remain and not await _oom_before(store, claimed):
             try:
@@ -40,9 +47,9 @@ async def settle(store: WorkflowStore, backend: Backend, claimed: Claimed, verdi
             except BackendUnavailable as error:
                 log.warning("could not free memory", backend=backend.name, reason=str(error))
             words = verdict.error or "out of memory"
-            await store.lose(prompt_id, error=words, error_type="oom", now=now, retry=True)
+            await store.lose(prompt_id, error=words, error_type="oom", now=now, retry=True, cost=cost)
         case _:
-            await store.finish(prompt_id, _outcome(verdict, now))
+            await store.finish(prompt_id, _outcome(verdict, now, cost))
 
 
 async def _oom_before(store: WorkflowStore, claimed: Claimed) -> bool:
@@ -52,7 +59,7 @@ async def _oom_before(store: WorkflowStore, claimed: Claimed) -> bool:
     )
 
 
-def _outcome(verdict: Verdict, now: int) -> Outcome:
+def _outcome(verdict: Verdict, now: int, cost: Cost | None) -> Outcome:
     return Outcome(
         status=Status(verdict.result.value),
         start_time=verdict.start_time,
@@ -66,4 +73,5 @@ def _outcome(verdict: Verdict, now: int) -> Outcome:
         errors=verdict.errors,
         node_id=verdict.node_id,
         node_type=verdict.node_type,
+        cost=cost,
     )

@@ -9,13 +9,16 @@ from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from managers.clock import Clock
 from managers.comfyui.attempt import AttemptRun
 from managers.comfyui.backend import Backend, Signal
+from managers.comfyui.preparing import Inputs
 from managers.comfyui.tracker import GraphNode
 from managers.comfyui.verdicts import Job
-from managers.events.types import ImagesGenerated, LiveEvent, Output, WorkflowProgress
+from managers.events.types import ImagesGenerated, LiveEvent, NodeEvent, Output, WorkflowProgress
+from managers.workflows.forecast import Forecast, told
 from managers.workflows.model import AttemptState, Claimed
 from managers.workflows.store import WorkflowStore
 
@@ -38,6 +41,8 @@ class Surroundings(Struct, frozen=True, kw_only=True):
     store: WorkflowStore
     events: Publisher
     live: dict[str, WorkflowProgress]
+    forecast: Forecast
+    inputs: Inputs | None
     clock: Clock
     note: Callable[[Awaitable[object]], None]
     wake: Callable[[], None]
@@ -55,6 +60,7 @@ class Slot:
         self._nodes = nodes
         self._around = surroundings
         self._held: list[LiveEvent] | None = None  # what came before workflow:started was on disk
+        self._course = surroundings.forecast.begin(claimed, nodes, late=posted)
         self.run = self._new_run(posted=posted)
 
     def cancel(self) -> None:
@@ -68,12 +74,14 @@ class Slot:
         if self.cancelled:
             self.run.tell(Signal.CANCEL)
 
-    def end(self) -> None:
+    def end(self, *, completed: bool) -> None:
         """The verdict is about to be written. After it there is no more progress; nodes that ran are still told."""
+        self._course.end(self._around.clock.now_ms(), completed=completed)
+        self._around.note(self._around.forecast.end(self.claimed, self._course))
         held, self._held = self._held, None
         for event in held or ():
             if not isinstance(event, WorkflowProgress):
-                self.publish(event)
+                self._tell(event)
 
     # ---- the sink of its run
 
@@ -98,7 +106,18 @@ class Slot:
         self._around.note(self._around.store.append(event, patient=True))
 
     def publish(self, event: LiveEvent) -> None:
-        """Pass on what is live."""
+        """Take the times of it, and pass it on."""
+        if isinstance(event, NodeEvent):
+            self._course.hear(event)
+        elif isinstance(event, WorkflowProgress):
+            eta = told(self._course.left(event.timestamp))
+            if eta is not None:
+                event = replace(event, eta_seconds=eta.seconds, eta_p90_seconds=eta.p90)
+        self._tell(event)
+
+    # ---- inside
+
+    def _tell(self, event: LiveEvent) -> None:
         if self.cancelled:
             return
         if isinstance(event, WorkflowProgress):
@@ -108,8 +127,6 @@ class Slot:
             return
         self._around.events.publish(event)
 
-    # ---- inside
-
     async def _write_start(self, start_time: int) -> None:
         """What is live is told after workflow:started, which waits for the disk."""
         try:
@@ -117,7 +134,7 @@ class Slot:
         finally:
             held, self._held = self._held, None
             for event in held or ():
-                self.publish(event)
+                self._tell(event)
 
     def _new_run(self, *, posted: bool) -> AttemptRun:
         claimed = self.claimed
@@ -132,4 +149,4 @@ class Slot:
             posted=posted,
             start_time=claimed.attempt.start_time if running else None,
         )
-        return AttemptRun(self._around.backend, job, self)
+        return AttemptRun(self._around.backend, job, self, self._around.inputs)

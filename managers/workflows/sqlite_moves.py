@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from managers.errors import Conflict, NotFound
 from managers.events.types import (
+    Cost,
     ErrorType,
     NodeCounts,
     StoredEvent,
@@ -33,6 +34,7 @@ from managers.workflows.model import (
     Priority,
     Status,
     Workflow,
+    known,
     merged,
     rank,
 )
@@ -44,6 +46,7 @@ from managers.workflows.sqlite_rows import (
     workflow_of,
 )
 from managers.workflows.sqlite_statements import ATTEMPT_WIDTH
+from managers.workflows.sqlite_usage import charged
 from managers.workflows.sqlite_writer import Transaction
 from managers.workflows.waiting import CLASSES, Act, Entry
 
@@ -127,6 +130,7 @@ def finish(transaction: Transaction, prompt_id: str, outcome: Outcome, now: int)
         outputs=outcome.outputs,
         outputs_reused=outcome.outputs_reused,
     )
+    after = charged(transaction, after, outcome.cost, end=outcome.completion_time, now=now)
     _save(transaction, workflow, after)
     transaction.insert(sql.INSERT_OUTPUTS, [output_row(after, n, output) for n, output in enumerate(outcome.outputs)])
     transaction.write(_ended(after, outcome, now), after.number)
@@ -142,8 +146,9 @@ def lose(
     now: int,
     retry: bool,
     died: bool = False,
+    cost: Cost | None = None,
 ) -> Workflow | None:
-    """The attempt is lost: the workflow waits again, or has failed."""
+    """The attempt is lost: the workflow waits again, or has failed. It ran until now, or to its time limit."""
     found = _find(transaction, prompt_id)
     if found is None or found[0].state not in OPEN:
         return None
@@ -159,12 +164,16 @@ def lose(
             error, error_type, retry = f"{deaths} times ComfyUI died while it ran this: {error}", "poison", False
     told = WorkflowError(timestamp=now, workflow_id=workflow.id, error=error, error_type=error_type, will_retry=retry)
     transaction.write(told, workflow.number)
+    end = (
+        now if workflow.start_time is None else min(now, workflow.start_time + round(workflow.timeout_seconds * 1000))
+    )
     if not retry:
         after = replace(workflow, status=Status.FAILED, completion_time=now, error=error, error_type=error_type)
+        after = charged(transaction, after, cost, end=end, now=now)
         _save(transaction, workflow, after)
         return after
     after = replace(
-        workflow,
+        charged(transaction, workflow, cost, end=end, now=now),
         status=Status.QUEUED,
         backend=None,
         prompt_id=None,
@@ -200,7 +209,7 @@ def close_attempt(transaction: Transaction, prompt_id: str, now: int) -> None:
         _move_attempt(transaction, found[0], AttemptState.ENDED, end_time=now)
 
 
-def cancel(transaction: Transaction, workflow_id: str, now: int) -> Workflow:
+def cancel(transaction: Transaction, workflow_id: str, now: int, cost: Cost | None = None) -> Workflow:
     """The verdict `cancelled`."""
     workflow = _get(transaction, workflow_id)
     if workflow.status is Status.CANCELLED:
@@ -208,6 +217,7 @@ def cancel(transaction: Transaction, workflow_id: str, now: int) -> Workflow:
     if workflow.final:
         raise Conflict(f"Workflow {workflow_id} is {workflow.status.value} already", workflow.status.value)
     after = replace(workflow, status=Status.CANCELLED, completion_time=now)
+    after = charged(transaction, after, cost, end=now, now=now)
     _save(transaction, workflow, after)
     transaction.write(WorkflowCancelled(timestamp=now, workflow_id=workflow_id), after.number)
     return after
@@ -365,6 +375,7 @@ def _ended(workflow: Workflow, outcome: Outcome, now: int) -> StoredEvent:
             errors=outcome.errors,
             backend=workflow.backend,
             gpu=workflow.gpu,
+            cost=known(workflow.cost),
         )
     return WorkflowError(
         timestamp=now,

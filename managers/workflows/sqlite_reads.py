@@ -13,12 +13,13 @@ import msgspec
 from managers.errors import NotFound
 from managers.events.log import StoredFrame
 from managers.workflows import sqlite_statements as sql
-from managers.workflows.model import Attempt, Claimed, Filter, Page, Workflow
+from managers.workflows.model import Attempt, Claimed, Filter, MadeFrom, Page, Workflow
 from managers.workflows.sqlite_rows import (
     attempt_of,
     claimed_of,
     frame_of,
     read_cursor,
+    unpack,
     unpack_graph,
     workflow_of,
     write_cursor,
@@ -42,6 +43,12 @@ def graph(connection: sqlite3.Connection, workflow_id: str) -> tuple[bytes, byte
     if row is None:
         raise NotFound(f"Workflow {workflow_id} not found")
     return unpack_graph(row)
+
+
+def made_from(connection: sqlite3.Connection, workflow_id: str) -> MadeFrom | None:
+    """The template, and the values of its parameters."""
+    row = connection.execute(sql.GET_MADE_FROM, (workflow_id,)).fetchone()
+    return None if row is None or row[0] is None else MadeFrom(row[0], row[1], unpack(row[2]))
 
 
 def page(connection: sqlite3.Connection, wanted: Filter) -> Page:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from managers.errors import InvalidRequest
 from managers.events.log import StoredFrame
-from managers.events.types import Finding, NodeCounts, Output
+from managers.events.types import Cost, Finding, NodeCounts, Output
 from managers.workflows.model import Attempt, AttemptState, Claimed, NewWorkflow, Priority, Status, Workflow
 from managers.workflows.sqlite_statements import ATTEMPT_WIDTH, WORKFLOW_WIDTH
 
@@ -51,7 +52,8 @@ def workflow_of(row: Row) -> Workflow:
     (
         id_, number, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds, attempt,
         backend, prompt_id, start_time, completion_time, progress, total, done, cached,
-        error, error_type, errors, outputs_reused, metadata, retry_of, submitted_by, unfit, outputs,
+        error, error_type, errors, outputs_reused, metadata, retry_of, submitted_by, unfit,
+        charged, gpu_seconds, vram_peak, energy, webhook_url, template, template_version, outputs,
     ) = row[:WORKFLOW_WIDTH]  # fmt: skip
     return Workflow(
         id=id_,
@@ -79,6 +81,30 @@ def workflow_of(row: Row) -> Workflow:
         retry_of=retry_of,
         submitted_by=submitted_by,
         unfit=names_of(unfit),
+        cost=cost_of(gpu_seconds, vram_peak, energy) if charged else None,
+        webhook_url=webhook_url,
+        template=template,
+        template_version=template_version,
+    )
+
+
+def cost_of(gpu_seconds: float | None, vram_peak: int | None, energy: float | None) -> Cost:
+    """NULL is what nobody knows."""
+    return Cost(
+        gpu_seconds=UNSET if gpu_seconds is None else gpu_seconds,
+        vram_peak_bytes=UNSET if vram_peak is None else vram_peak,
+        energy_joules=UNSET if energy is None else energy,
+    )
+
+
+def cost_row(cost: Cost | None) -> tuple[float | None, int | None, float | None]:
+    """What `cost_of` reads."""
+    if cost is None:
+        return None, None, None
+    return (
+        None if cost.gpu_seconds is UNSET else cost.gpu_seconds,
+        None if cost.vram_peak_bytes is UNSET else cost.vram_peak_bytes,
+        None if cost.energy_joules is UNSET else cost.energy_joules,
     )
 
 
@@ -118,6 +144,9 @@ def new_record(new: NewWorkflow, number: int) -> Workflow:
         retry_of=new.retry_of,
         submitted_by=new.submitted_by,
         unfit=new.unfit,
+        webhook_url=new.webhook_url,
+        template=None if new.made_from is None else new.made_from.template,
+        template_version=None if new.made_from is None else new.made_from.version,
     )
 
 
@@ -142,6 +171,9 @@ def inserted(workflow: Workflow) -> Row:
         workflow.retry_of,
         workflow.submitted_by,
         _json(workflow.unfit),
+        workflow.webhook_url,
+        workflow.template,
+        workflow.template_version,
     )
 
 
@@ -164,6 +196,8 @@ def updated(before: Workflow, after: Workflow) -> Row:
         after.error_type,
         _json(after.errors),
         after.outputs_reused,
+        after.cost is not None,
+        *cost_row(after.cost),
         before.number,
         before.status.value,
         before.attempt,

@@ -126,7 +126,136 @@ ALTER TABLE idempotency ADD COLUMN errors TEXT;                -- JSON list of f
 UPDATE idempotency SET scope = 'admin ' || scope;               -- there was one key only
 """
 
-MIGRATIONS = (_FIRST, _KEYS_AND_DEATHS)
+_COSTS = """
+-- What the attempts took that ran and ended; each is NULL where it is not known for all of them.
+ALTER TABLE workflow ADD COLUMN gpu_seconds REAL;
+ALTER TABLE workflow ADD COLUMN vram_peak INTEGER;              -- bytes
+ALTER TABLE workflow ADD COLUMN energy REAL;                    -- joules
+ALTER TABLE workflow ADD COLUMN charged INTEGER NOT NULL DEFAULT 0; -- whether there were such attempts
+-- What was lost before anybody wrote down what it took.
+UPDATE workflow SET charged = 1 WHERE status IN ('queued', 'running') AND EXISTS
+    (SELECT 1 FROM attempt a WHERE a.workflow = workflow.number AND a.state = 'lost' AND a.start_time IS NOT NULL);
+
+-- Added to when an attempt ends and when a workflow does; nothing is ever taken away.
+CREATE TABLE usage (
+    day          TEXT    NOT NULL,                   -- of the end, UTC: 2026-11-22
+    submitted_by TEXT    NOT NULL,                   -- the name of a key, '' when there was none
+    gpu          TEXT    NOT NULL,                   -- the backend that ran it, '' when none did
+    workflows    INTEGER NOT NULL,
+    completed    INTEGER NOT NULL,
+    failed       INTEGER NOT NULL,
+    cancelled    INTEGER NOT NULL,
+    run_seconds  REAL    NOT NULL,
+    gpu_seconds  REAL,                               -- sums of what is known, NULL when nothing is
+    vram_peak    INTEGER,                            -- bytes, the highest
+    energy       REAL,                               -- joules
+    PRIMARY KEY (day, submitted_by, gpu)
+) WITHOUT ROWID;
+"""
+
+_DURATIONS = """
+ALTER TABLE attempt ADD COLUMN nodes BLOB;                      -- its nodes and their times, JSON or its zlib stream
+
+CREATE TABLE node_duration (
+    class_type TEXT    NOT NULL,
+    steps      INTEGER NOT NULL,                    -- a power of two, 0 where the graph names no number
+    backend    TEXT    NOT NULL,
+    counts     TEXT    NOT NULL,                    -- JSON object: weight by bucket
+    cached     REAL    NOT NULL,                    -- weight of those found in the cache
+    learnt_at  INTEGER NOT NULL,
+    PRIMARY KEY (class_type, steps, backend)
+) WITHOUT ROWID;
+"""
+
+_DELIVERIES = """
+ALTER TABLE workflow ADD COLUMN webhook_url TEXT;               -- whom its submitter wants called about it
+
+-- Those who read the log, and how far they have: the seq of the last event that they have looked at.
+CREATE TABLE destination (
+    name   TEXT PRIMARY KEY,
+    kind   TEXT NOT NULL,
+    cursor INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE delivery (
+    number      INTEGER PRIMARY KEY,                -- the order in which they were made
+    id          TEXT    NOT NULL UNIQUE,
+    destination TEXT    NOT NULL,
+    kind        TEXT    NOT NULL,
+    seq         INTEGER NOT NULL,
+    workflow_id TEXT,
+    type        TEXT    NOT NULL,
+    data        BLOB    NOT NULL,                   -- the event, JSON as clients get it
+    state       TEXT    NOT NULL,                   -- pending, delivered, dead
+    attempts    INTEGER NOT NULL,
+    next_at     INTEGER,                            -- NULL too while an earlier one of its workflow is pending
+    last_error  TEXT,
+    last_status INTEGER,
+    created_at  INTEGER NOT NULL,
+    ended_at    INTEGER
+);
+CREATE INDEX delivery_due ON delivery (destination, next_at) WHERE state = 'pending' AND next_at IS NOT NULL;
+CREATE INDEX delivery_in_order ON delivery (destination, number) WHERE state = 'pending';
+CREATE INDEX delivery_of_lane ON delivery (destination, workflow_id, number) WHERE state = 'pending';
+CREATE INDEX delivery_by_state ON delivery (state, number);
+CREATE INDEX delivery_by_workflow ON delivery (workflow_id, number);
+CREATE INDEX delivery_by_destination ON delivery (destination, number);
+CREATE INDEX delivery_by_end ON delivery (ended_at) WHERE state = 'delivered';
+
+CREATE TABLE webhook (
+    id         TEXT PRIMARY KEY,
+    created_at INTEGER NOT NULL,
+    data       BLOB    NOT NULL                     -- the endpoint, JSON
+) WITHOUT ROWID;
+"""
+
+_UPLOADS = """
+CREATE TABLE upload (
+    workflow    INTEGER NOT NULL REFERENCES workflow (number),
+    n           INTEGER NOT NULL,                    -- the output of this number
+    bucket      TEXT    NOT NULL,
+    key         TEXT,
+    sha256      TEXT,                                -- hex
+    size        INTEGER,                             -- bytes
+    uploaded_at INTEGER NOT NULL,
+    error       TEXT,                                -- why it never will be there; then the three before are NULL
+    PRIMARY KEY (workflow, n)
+) WITHOUT ROWID;
+"""
+
+_TEMPLATES = """
+ALTER TABLE workflow ADD COLUMN template TEXT;                  -- the name of what it was made from
+ALTER TABLE workflow ADD COLUMN template_version INTEGER;
+ALTER TABLE workflow_graph ADD COLUMN parameters BLOB;          -- with which values, JSON or its zlib stream
+CREATE INDEX workflow_by_template ON workflow (template, template_version, status) WHERE template IS NOT NULL;
+
+-- Stays when its versions are deleted: numbers never come again, and files are not read in a second time.
+CREATE TABLE template (
+    name         TEXT PRIMARY KEY,
+    last_version INTEGER NOT NULL,
+    file_digest  TEXT,                              -- of what came last from a file, and from the box
+    box_digest   TEXT
+) WITHOUT ROWID;
+
+CREATE TABLE template_version (
+    name       TEXT    NOT NULL,
+    number     INTEGER NOT NULL,
+    created_at INTEGER NOT NULL,
+    source     TEXT    NOT NULL,                     -- api, file, box
+    saved_by   TEXT    NOT NULL,                     -- the name of a key, '' where it was none
+    definition BLOB    NOT NULL,                     -- JSON or its zlib stream
+    PRIMARY KEY (name, number)
+);
+
+CREATE TABLE template_alias (
+    name   TEXT    NOT NULL,
+    alias  TEXT    NOT NULL,
+    number INTEGER NOT NULL,
+    PRIMARY KEY (name, alias)
+) WITHOUT ROWID;
+"""
+
+MIGRATIONS = (_FIRST, _KEYS_AND_DEATHS, _COSTS, _DURATIONS, _DELIVERIES, _UPLOADS, _TEMPLATES)
 
 
 def connect_writer(path: Path) -> sqlite3.Connection:

@@ -12,9 +12,10 @@ _WORKFLOW = (
     "w.id, w.number, w.status, w.priority, w.gpu, w.rank, w.created_at, w.max_attempts, w.timeout_seconds, w.attempt,"
     " w.backend, w.prompt_id, w.start_time, w.completion_time, w.progress, w.node_total, w.node_done, w.node_cached,"
     f" w.error, w.error_type, w.errors, w.outputs_reused, w.metadata, w.retry_of, w.submitted_by, w.unfit,"
+    f" w.charged, w.gpu_seconds, w.vram_peak, w.energy, w.webhook_url, w.template, w.template_version,"
     f" {_OUTPUTS}"
 )
-WORKFLOW_WIDTH = 27
+WORKFLOW_WIDTH = 34
 
 _ATTEMPT = (
     "a.prompt_id, w.id, a.number, a.backend, a.state, a.created_at, a.start_time, a.end_time, a.error, a.error_type,"
@@ -28,9 +29,10 @@ _OPEN = "a.state IN ('posted', 'running')"
 
 INSERT_WORKFLOWS = (
     "INSERT INTO workflow (number, id, status, priority, gpu, rank, created_at, max_attempts, timeout_seconds,"
-    " completion_time, node_total, error, error_type, errors, metadata, retry_of, submitted_by, unfit) VALUES "
+    " completion_time, node_total, error, error_type, errors, metadata, retry_of, submitted_by, unfit, webhook_url,"
+    " template, template_version) VALUES "
 )
-INSERT_GRAPHS = "INSERT INTO workflow_graph (workflow, graph, extra_data) VALUES "
+INSERT_GRAPHS = "INSERT INTO workflow_graph (workflow, graph, extra_data, parameters) VALUES "
 INSERT_EVENTS = "INSERT INTO event (seq, type, workflow, workflow_id, created_at, data) VALUES "
 INSERT_OUTPUTS = "INSERT INTO output (workflow, n, backend, node_id, kind, type, path, size, data) VALUES "
 
@@ -38,7 +40,8 @@ INSERT_OUTPUTS = "INSERT INTO output (workflow, n, backend, node_id, kind, type,
 UPDATE_WORKFLOW = (
     "UPDATE workflow SET status = ?, priority = ?, rank = ?, attempt = ?, backend = ?, prompt_id = ?, start_time = ?,"
     " completion_time = ?, progress = ?, node_total = ?, node_done = ?, node_cached = ?, error = ?, error_type = ?,"
-    " errors = ?, outputs_reused = ? WHERE number = ? AND status = ? AND attempt = ?"
+    " errors = ?, outputs_reused = ?, charged = ?, gpu_seconds = ?, vram_peak = ?, energy = ?"
+    " WHERE number = ? AND status = ? AND attempt = ?"
 )
 UPDATE_RANK = "UPDATE workflow SET rank = ? WHERE number = ?"
 
@@ -49,6 +52,26 @@ UPDATE_ATTEMPT = (
     "UPDATE attempt SET state = ?, start_time = ?, end_time = ?, error = ?, error_type = ?, died = ?"
     " WHERE prompt_id = ? AND state = ?"
 )
+
+# A sum of nothing known is NULL; from then on it is that of what is known.
+ADD_USAGE = (
+    "INSERT INTO usage (day, submitted_by, gpu, workflows, completed, failed, cancelled, run_seconds, gpu_seconds,"
+    " vram_peak, energy) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (day, submitted_by, gpu) DO"
+    " UPDATE SET"
+    " workflows = workflows + excluded.workflows, completed = completed + excluded.completed,"
+    " failed = failed + excluded.failed, cancelled = cancelled + excluded.cancelled,"
+    " run_seconds = run_seconds + excluded.run_seconds,"
+    " gpu_seconds = coalesce(gpu_seconds + excluded.gpu_seconds, gpu_seconds, excluded.gpu_seconds),"
+    " vram_peak = coalesce(max(vram_peak, excluded.vram_peak), vram_peak, excluded.vram_peak),"
+    " energy = coalesce(energy + excluded.energy, energy, excluded.energy)"
+)
+
+KEEP_NODES = "UPDATE attempt SET nodes = ? WHERE prompt_id = ?"
+KEEP_DURATION = (
+    "INSERT OR REPLACE INTO node_duration (class_type, steps, backend, counts, cached, learnt_at)"
+    " VALUES (?, ?, ?, ?, ?, ?)"
+)
+FORGET_DURATION = "DELETE FROM node_duration WHERE class_type = ? AND steps = ? AND backend = ?"
 
 INSERT_IDEMPOTENCY = (
     "INSERT OR REPLACE INTO idempotency (scope, key, body_hash, workflow, queue_position, status, errors,"
@@ -85,6 +108,7 @@ PRUNE_WORKFLOWS = tuple(
         ("workflow_graph", "workflow"),
         ("attempt", "workflow"),
         ("output", "workflow"),
+        ("upload", "workflow"),
         ("idempotency", "workflow"),
         ("workflow", "number"),
     )
@@ -116,6 +140,17 @@ GET_GRAPH = (
     "SELECT g.graph, g.extra_data FROM workflow w JOIN workflow_graph g ON g.workflow = w.number WHERE w.id = ?"
 )
 
+GET_GRAPHS = (
+    "SELECT w.id, g.graph FROM workflow w JOIN workflow_graph g ON g.workflow = w.number"
+    " WHERE w.id IN (SELECT value FROM json_each(?))"
+)
+GET_MADE_FROM = (
+    "SELECT w.template, w.template_version, g.parameters FROM workflow w"
+    " JOIN workflow_graph g ON g.workflow = w.number WHERE w.id = ?"
+)
+GET_NODES = "SELECT a.nodes FROM workflow w JOIN attempt a ON a.prompt_id = w.prompt_id WHERE w.id = ?"
+DURATIONS = "SELECT class_type, steps, backend, counts, cached, learnt_at FROM node_duration ORDER BY learnt_at"
+
 LIST_WORKFLOWS = f"SELECT {_WORKFLOW} FROM workflow w WHERE w.number < :before"
 LIST_BY_STATUS = " AND w.status = :status"
 LIST_BY_GPU = " AND w.gpu = :gpu"
@@ -136,6 +171,16 @@ OPEN_ATTEMPTS = (
     f" JOIN workflow_graph g ON g.workflow = a.workflow WHERE {_OPEN} AND (?1 IS NULL OR a.backend = ?1)"
     " ORDER BY a.id"
 )
+
+USAGE = {
+    by: (
+        f"SELECT {column}, sum(workflows), sum(completed), sum(failed), sum(cancelled), round(sum(run_seconds), 3),"
+        " round(sum(gpu_seconds), 3), max(vram_peak), round(sum(energy), 3) FROM usage WHERE day BETWEEN ? AND ?"
+        " GROUP BY 1 ORDER BY 1"
+    )
+    for by, column in (("key", "submitted_by"), ("gpu", "gpu"), ("day", "day"))
+}
+"""By what it is rolled up; within days, the first and the last one in."""
 
 EVENTS_AFTER = "SELECT seq, type, workflow_id, data FROM event WHERE seq > ? ORDER BY seq LIMIT ?"
 EVENTS_OF = (

@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -20,13 +21,23 @@ from typing import Concatenate, ParamSpec, TypeVar
 from managers.clock import Clock, IdMaker
 from managers.errors import StoreUnavailable
 from managers.events.log import StoredFrame
-from managers.events.types import ErrorType, StoredEvent
-from managers.workflows import sqlite_house, sqlite_moves, sqlite_reads, sqlite_submit
+from managers.events.types import Cost, ErrorType, StoredEvent
+from managers.workflows import (
+    sqlite_durations,
+    sqlite_house,
+    sqlite_moves,
+    sqlite_reads,
+    sqlite_submit,
+    sqlite_usage,
+)
+from managers.workflows.course import NodeTime
+from managers.workflows.durations import Kind, NodeDuration
 from managers.workflows.model import (
     Attempt,
     Claimed,
     Filter,
     IdempotencyKey,
+    MadeFrom,
     NewWorkflow,
     Outcome,
     Page,
@@ -38,7 +49,8 @@ from managers.workflows.model import (
 from managers.workflows.sqlite_schema import FILE_NAME, MIGRATIONS, connect_reader
 from managers.workflows.sqlite_writer import Announced, Transaction, Writer, unavailable
 from managers.workflows.store import CommitListener, OutputOwner, Snapshot
-from managers.workflows.waiting import Change, Line
+from managers.workflows.usage import Usage, UsageBy
+from managers.workflows.waiting import Change, Entry, Line
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -126,20 +138,35 @@ class SqliteStore:
         return await self._write(sqlite_moves.finish, prompt_id, outcome, self._clock.now_ms())
 
     async def lose(
-        self, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool, died: bool = False
+        self,
+        prompt_id: str,
+        *,
+        error: str,
+        error_type: ErrorType,
+        now: int,
+        retry: bool,
+        died: bool = False,
+        cost: Cost | None = None,
     ) -> Workflow | None:
         """See the port."""
         return await self._write(
-            sqlite_moves.lose, prompt_id, error=error, error_type=error_type, now=now, retry=retry, died=died
+            sqlite_moves.lose,
+            prompt_id,
+            error=error,
+            error_type=error_type,
+            now=now,
+            retry=retry,
+            died=died,
+            cost=cost,
         )
 
     async def withdraw(self, prompt_id: str, now: int) -> Workflow | None:
         """See the port."""
         return await self._write(sqlite_moves.withdraw, prompt_id, now)
 
-    async def cancel(self, workflow_id: str, now: int) -> Workflow:
+    async def cancel(self, workflow_id: str, now: int, cost: Cost | None = None) -> Workflow:
         """See the port."""
-        return await self._write(sqlite_moves.cancel, workflow_id, now)
+        return await self._write(sqlite_moves.cancel, workflow_id, now, cost)
 
     async def close_attempt(self, prompt_id: str, now: int) -> None:
         """See the port."""
@@ -158,6 +185,10 @@ class SqliteStore:
     async def graph(self, workflow_id: str) -> tuple[bytes, bytes | None]:
         """See the port."""
         return await self._read(sqlite_reads.graph, workflow_id)
+
+    async def made_from(self, workflow_id: str) -> MadeFrom | None:
+        """See the port."""
+        return await self._read(sqlite_reads.made_from, workflow_id)
 
     async def list(self, wanted: Filter) -> Page:
         """See the port."""
@@ -189,9 +220,17 @@ class SqliteStore:
         entry = self._line.next(pools, backend)
         return None if entry is None else (entry.rank, entry.number)
 
+    def first_in_line(self, limit: int) -> Sequence[Entry]:
+        """See the port."""
+        return self._line.first(limit)
+
     def counts(self) -> QueueCounts:
         """See the port."""
         return self._line.counts()
+
+    async def usage(self, by: UsageBy, first: date, last: date) -> Sequence[Usage]:
+        """See the port."""
+        return await self._read(sqlite_usage.usage, by, first, last)
 
     # ---- the log
 
@@ -217,6 +256,26 @@ class SqliteStore:
     async def append(self, event: StoredEvent, *, patient: bool = False) -> None:
         """See the port."""
         await self._open_writer().run(lambda transaction: sqlite_house.append(transaction, event), patient=patient)
+
+    # ---- the times of nodes
+
+    async def graphs(self, workflow_ids: Collection[str]) -> dict[str, bytes]:
+        """See the port."""
+        return await self._read(sqlite_durations.graphs, workflow_ids)
+
+    async def keep_times(
+        self, prompt_id: str, times: Sequence[NodeTime], learnt: Sequence[NodeDuration], dropped: Sequence[Kind]
+    ) -> None:
+        """See the port."""
+        await self._patiently(sqlite_durations.keep, prompt_id, times, learnt, dropped)
+
+    async def node_times(self, workflow_id: str) -> Sequence[NodeTime]:
+        """See the port."""
+        return await self._read(sqlite_durations.node_times, workflow_id)
+
+    async def durations(self) -> Sequence[NodeDuration]:
+        """See the port."""
+        return await self._read(sqlite_durations.durations)
 
     # ---- outputs
 
@@ -313,6 +372,16 @@ class SqliteStore:
         while self._connections:
             self._connections.pop().close()
         house.close()
+
+    # ---- the door for neighbours with tables of their own in this file
+
+    async def write(self, operation: Callable[[Transaction], R], *, patient: bool = False) -> R:
+        """Run it with the one writer, in a savepoint of its own; returns after the commit."""
+        return await self._open_writer().run(operation, patient=patient)
+
+    async def read(self, question: Callable[[sqlite3.Connection], R]) -> R:
+        """Run it on a connection that cannot write."""
+        return await self._read(question)
 
     # ---- ways to the threads
 

@@ -28,6 +28,7 @@ class Submission(Struct, frozen=True, gc=False):
     new: NewWorkflow
     graph: bytes
     extra_data: bytes | None
+    parameters: bytes | None
     max_waiting: int | None
     max_queued: int | None
 
@@ -35,7 +36,8 @@ class Submission(Struct, frozen=True, gc=False):
 def submission(new: NewWorkflow, max_waiting: int | None, max_queued: int | None) -> Submission:
     """Pack what is long: done by the caller, not in the writer's time."""
     extra_data = None if new.extra_data is None else pack(new.extra_data)
-    return Submission(new, pack(new.graph), extra_data, max_waiting, max_queued)
+    parameters = None if new.made_from is None else pack(new.made_from.parameters)
+    return Submission(new, pack(new.graph), extra_data, parameters, max_waiting, max_queued)
 
 
 def submit(transaction: Transaction, submissions: Sequence[Submission]) -> list[Submitted]:
@@ -66,7 +68,10 @@ def submit(transaction: Transaction, submissions: Sequence[Submission]) -> list[
         raise
     transaction.insert(
         sql.INSERT_GRAPHS,
-        [(record.number, one.graph, one.extra_data) for record, one in zip(records, submissions, strict=True)],
+        [
+            (record.number, one.graph, one.extra_data, one.parameters)
+            for record, one in zip(records, submissions, strict=True)
+        ],
     )
     return [_accept(transaction, record) for record in records]
 

@@ -14,12 +14,15 @@ from typing import Protocol
 from msgspec import Struct
 
 from managers.events.log import EventLog, StoredFrame
-from managers.events.types import ErrorType, StoredEvent
+from managers.events.types import Cost, ErrorType, StoredEvent
+from managers.workflows.course import NodeTime
+from managers.workflows.durations import Kind, NodeDuration
 from managers.workflows.model import (
     Attempt,
     Claimed,
     Filter,
     IdempotencyKey,
+    MadeFrom,
     NewWorkflow,
     Outcome,
     Page,
@@ -28,6 +31,8 @@ from managers.workflows.model import (
     Submitted,
     Workflow,
 )
+from managers.workflows.usage import UsageBooks
+from managers.workflows.waiting import Entry
 
 
 class Snapshot(Struct, frozen=True):
@@ -47,8 +52,12 @@ class OutputOwner(Struct, frozen=True):
 CommitListener = Callable[[Sequence[tuple[StoredEvent, StoredFrame]]], None]
 
 
-class WorkflowStore(EventLog, Protocol):
-    """The record of every workflow, attempt, output and event. All coroutines may raise `StoreUnavailable`."""
+class WorkflowStore(EventLog, UsageBooks, Protocol):
+    """The record of every workflow, attempt, output and event, and what they took (`UsageBooks`).
+
+    The end of an attempt that ran adds its cost to the record and to the usage by one transaction, a final verdict
+    counts the workflow there; forgetting a workflow takes nothing away. All coroutines may raise `StoreUnavailable`.
+    """
 
     # ---- one workflow in, through, and out
 
@@ -96,13 +105,21 @@ class WorkflowStore(EventLog, Protocol):
         ...
 
     async def lose(
-        self, prompt_id: str, *, error: str, error_type: ErrorType, now: int, retry: bool, died: bool = False
+        self,
+        prompt_id: str,
+        *,
+        error: str,
+        error_type: ErrorType,
+        now: int,
+        retry: bool,
+        died: bool = False,
+        cost: Cost | None = None,
     ) -> Workflow | None:
         """The attempt is LOST: with `retry` the workflow waits again at its old rank (workflow:error with willRetry,
         workflow:queued), without it fails. None when the workflow was final already or the attempt not open.
 
         `died`: its ComfyUI died while it was seen executing. The second such death (`POISON_DEATHS`) fails the
-        workflow as `poison`, whatever `retry` says.
+        workflow as `poison`, whatever `retry` says. `cost` is what the attempt took.
         """
         ...
 
@@ -110,10 +127,11 @@ class WorkflowStore(EventLog, Protocol):
         """A POSTED attempt was taken back before it started: WITHDRAWN, no attempt is charged, no event."""
         ...
 
-    async def cancel(self, workflow_id: str, now: int) -> Workflow:
+    async def cancel(self, workflow_id: str, now: int, cost: Cost | None = None) -> Workflow:
         """The verdict `cancelled`, before anything is asked of ComfyUI. Already cancelled: the record as it is.
 
-        Open attempts stay open until somebody has made sure that they are gone (`close_attempt`).
+        Open attempts stay open until somebody has made sure that they are gone (`close_attempt`). `cost` is what the
+        one that runs took so far; what ComfyUI does until it lets go is not counted.
         Raises `NotFound`, and `Conflict` for what completed or failed.
         """
         ...
@@ -134,6 +152,10 @@ class WorkflowStore(EventLog, Protocol):
 
     async def graph(self, workflow_id: str) -> tuple[bytes, bytes | None]:
         """The graph and extra_data as JSON text. Raises `NotFound`."""
+        ...
+
+    async def made_from(self, workflow_id: str) -> MadeFrom | None:
+        """The template that it was made from, with the values; None: from none, or there is no such workflow."""
         ...
 
     async def list(self, wanted: Filter) -> Page:
@@ -164,6 +186,10 @@ class WorkflowStore(EventLog, Protocol):
         """(rank, number) of what `claim` would take, or None. From memory."""
         ...
 
+    def first_in_line(self, limit: int) -> Sequence[Entry]:
+        """What waits, in the order of the queue, up to so many; those with an open attempt too. From memory."""
+        ...
+
     def counts(self) -> QueueCounts:
         """From memory, never blocks."""
         ...
@@ -175,6 +201,26 @@ class WorkflowStore(EventLog, Protocol):
 
         A `patient` one may wait some milliseconds to share a commit with another write.
         """
+        ...
+
+    # ---- the times of nodes
+
+    async def graphs(self, workflow_ids: Collection[str]) -> dict[str, bytes]:
+        """JSON text by workflow; unknown ids are left out."""
+        ...
+
+    async def keep_times(
+        self, prompt_id: str, times: Sequence[NodeTime], learnt: Sequence[NodeDuration], dropped: Sequence[Kind]
+    ) -> None:
+        """The nodes of an attempt, what was learnt from them, and what is known no more. Waits for a neighbour."""
+        ...
+
+    async def node_times(self, workflow_id: str) -> Sequence[NodeTime]:
+        """Those of its attempt in hand, or of the last one; empty when there are none."""
+        ...
+
+    async def durations(self) -> Sequence[NodeDuration]:
+        """All that was learnt, the newest at the end."""
         ...
 
     # ---- outputs

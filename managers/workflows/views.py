@@ -5,12 +5,16 @@ Must never decide anything: it only joins.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from managers.events.types import ErrorType, Finding, NodeCounts, Output, WorkflowProgress
-from managers.workflows.model import Attempt, Status, Workflow
+from managers.comfyui.tracker import GraphNode
+from managers.events.types import Cost, ErrorType, Finding, NodeCounts, Output, WorkflowProgress
+from managers.workflows.course import NodeState, NodeTime
+from managers.workflows.eta import Eta
+from managers.workflows.model import Attempt, Status, Workflow, added, known
 
 
 class AttemptView(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -26,6 +30,20 @@ class AttemptView(Struct, frozen=True, kw_only=True, rename="camel"):
     error: str | None
     error_type: ErrorType | None
     died: bool
+
+
+class NodeTimeView(Struct, frozen=True, kw_only=True, rename="camel"):
+    """A node that the run needs, for `?include=nodes`. `seconds` of a running one are those so far.
+
+    `pending`: it has not run. `stopped`: the run ended in the middle of it. A time that nobody saw is null.
+    """
+
+    node_id: str
+    node_name: str
+    node_type: str
+    state: NodeState
+    start_time: int | None
+    seconds: float | None
 
 
 class WorkflowView(Struct, frozen=True, kw_only=True, rename="camel"):
@@ -54,6 +72,7 @@ class WorkflowView(Struct, frozen=True, kw_only=True, rename="camel"):
     steps: int | None
     message: str | None
     eta_seconds: float | None
+    eta_p90_seconds: float | None
     outputs_reused: bool
     metadata: dict[str, Any] | None
     prompt_id: str | None
@@ -61,13 +80,27 @@ class WorkflowView(Struct, frozen=True, kw_only=True, rename="camel"):
     timeout_seconds: float
     retry_of: str | None
     submitted_by: str | None
+    cost: Cost | None
+    template: str | UnsetType = UNSET
+    template_version: int | UnsetType = UNSET
+    parameters: Raw | UnsetType = UNSET
     workflow: Raw | UnsetType = UNSET
     attempts: tuple[AttemptView, ...] | UnsetType = UNSET
+    node_times: tuple[NodeTimeView, ...] | UnsetType = UNSET
 
 
-def view(workflow: Workflow, position: int | None, live: WorkflowProgress | None) -> WorkflowView:
-    """Join the record with its place in the queue and, while it runs, its progress."""
-    if workflow.status is not Status.RUNNING:
+def view(
+    workflow: Workflow,
+    position: int | None,
+    live: WorkflowProgress | None,
+    so_far: Cost | None = None,
+    eta: Eta | None = None,
+) -> WorkflowView:
+    """Join the record with its place in the queue, its estimate and, while it runs, its progress and cost so far."""
+    cost = workflow.cost
+    if workflow.status is Status.RUNNING:
+        cost = added(cost, so_far)
+    else:
         live = None
     return WorkflowView(
         workflow_id=workflow.id,
@@ -92,7 +125,8 @@ def view(workflow: Workflow, position: int | None, live: WorkflowProgress | None
         step=live.step if live else None,
         steps=live.steps if live else None,
         message=live.message if live else None,
-        eta_seconds=live.eta_seconds if live else None,
+        eta_seconds=eta.seconds if eta else None,
+        eta_p90_seconds=eta.p90 if eta else None,
         outputs_reused=workflow.outputs_reused,
         metadata=workflow.metadata,
         prompt_id=workflow.prompt_id,
@@ -100,6 +134,9 @@ def view(workflow: Workflow, position: int | None, live: WorkflowProgress | None
         timeout_seconds=workflow.timeout_seconds,
         retry_of=workflow.retry_of,
         submitted_by=workflow.submitted_by,
+        cost=known(cost),
+        template=workflow.template or UNSET,
+        template_version=workflow.template_version or UNSET,
     )
 
 
@@ -116,4 +153,22 @@ def attempt_view(attempt: Attempt) -> AttemptView:
         error=attempt.error,
         error_type=attempt.error_type,
         died=attempt.died,
+    )
+
+
+def node_time_views(nodes: Mapping[str, GraphNode], times: Iterable[NodeTime]) -> tuple[NodeTimeView, ...]:
+    """The nodes of a run with their times, in the order in which they were taken up; what did not run comes last."""
+    seen = {time.node_id: time for time in times}
+    order = [node_id for node_id in seen if node_id in nodes] + [node_id for node_id in nodes if node_id not in seen]
+    return tuple(
+        NodeTimeView(
+            node_id=node_id,
+            node_name=nodes[node_id].name,
+            node_type=nodes[node_id].class_type,
+            state=time.state,
+            start_time=time.start_time,
+            seconds=time.seconds,
+        )
+        for node_id in order
+        if (time := seen.get(node_id) or NodeTime(node_id, "pending"))
     )

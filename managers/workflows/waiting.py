@@ -10,6 +10,8 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterable
 from enum import Enum
+from heapq import merge
+from itertools import islice
 
 from msgspec import Struct
 from sortedcontainers import SortedList
@@ -112,6 +114,10 @@ class Line:
             for line in lines
         )
         return min((head for head in heads if head is not None), default=None)
+
+    def first(self, limit: int) -> list[Entry]:
+        """The first ones of all pools together, in order, the held ones too."""
+        return list(islice(merge(*(line for classes in self._pools.values() for line in classes if line)), limit))
 
     def counts(self) -> QueueCounts:
         """The queue at a glance."""

@@ -273,6 +273,18 @@ def test_another_attempt_is_measured_anew() -> None:
     assert joules(costs.cost_of("w", 99)) == 10
 
 
+def test_another_attempt_that_began_unseen_has_not_the_cost_of_the_one_before() -> None:
+    costs = Costs()
+    costs.begin("a", "w", 0)
+    costs.feed("a", 0, one(power=10))
+    costs.end("w", 1)
+    assert costs.cost_of("w", 1) is not None
+    costs.forget("w")
+    assert costs.join("a", "w", 5)
+    costs.feed("a", 5, one(power=10))
+    assert costs.cost_of("w", 6) is None
+
+
 def test_a_run_that_began_unseen_has_no_cost() -> None:
     costs = Costs()
     assert costs.join("a", "w", 0)

@@ -45,6 +45,7 @@ def service_url(service_folder: Path) -> Iterator[str]:
         "OPENAI_API_KEY": "openai-7Kq2",
         "CUSTOM_COLOUR": "blue",
         "OTHER": "not for tasks",
+        "AWS_ACCESS_KEY_ID": "AKIA-1Tq8",
         "AWS_SECRET_ACCESS_KEY": "aws-9Xw4",
         "PATH": os.pathsep.join([str(service_folder / "bin"), os.environ["PATH"]]),
     }

@@ -1,0 +1,1 @@
+"""Workflows with typed parameters: an uploaded graph becomes an endpoint that knows what it takes."""
