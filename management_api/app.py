@@ -21,7 +21,7 @@ from management_api.keys import KeyRing
 from management_api.limits import ClientAddress, RateLimiter
 from management_api.logging import SILENT, Logs
 from management_api.open_streams import OpenStreams
-from management_api.openapi import STATIC, openapi_config, prepare, static_router
+from management_api.openapi import STATIC, openapi_config, static_router
 from management_api.outer import Outer
 from management_api.route_names import RouteNames
 from management_api.security import Authenticator, ScopeGate
@@ -114,7 +114,7 @@ def create_app(
             else:
                 running.append(services)
             stack.callback(running.clear)
-            _settle(app)
+            _settle()
             stack.callback(gc.unfreeze)
             yield
 
@@ -163,9 +163,8 @@ class LivingTemplates:
         return operations(self._running[0].templates, generic["post"]) if generic and self._running else {}
 
 
-def _settle(app: Litestar) -> None:
+def _settle() -> None:
     """The end of start-up: what lives now lives long, so the collector need not look at it again (STACK §2)."""
-    prepare(app)
     gc.collect()
     gc.freeze()
 

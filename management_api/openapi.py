@@ -6,6 +6,7 @@ replies every operation has, the examples of `documented`. Must never load anyth
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
@@ -169,7 +170,9 @@ def openapi_config(version: str) -> OpenAPIConfig:
             Tag(name="monitoring", description="Health, readiness, metrics."),
         ],
         operation_id_creator=_operation_id,
-        openapi_router=Router("/docs", route_handlers=[], include_in_schema=False, after_request=_finish_reply),
+        openapi_router=Router(
+            "/docs", route_handlers=[], include_in_schema=False, before_request=_prepared, after_request=_finish_reply
+        ),
         render_plugins=[
             _Page(path="/", media_type=MediaType.HTML),
             _Description(["/json", "/openapi.json"], MediaType.JSON, msgspec.json.encode, _splice_json),
@@ -188,8 +191,18 @@ def static_router() -> Router:
     )
 
 
-def prepare(app: Litestar) -> None:
-    """Make the descriptions now, at start-up, instead of while somebody waits."""
+async def _prepared(request: Request[Any, Any, Any]) -> None:
+    """Make the descriptions when the first one asks: half a second of computing that a start need not wait for, nor
+    the event loop.
+    """
+    state = request.app.state
+    making: asyncio.Future[None] | None = state.get("descriptions")
+    if making is None:
+        making = state["descriptions"] = asyncio.ensure_future(asyncio.to_thread(_prepare, request.app))
+    await asyncio.shield(making)
+
+
+def _prepare(app: Litestar) -> None:
     config = app.openapi_config
     finished = finish(app, app.openapi_schema.to_schema())
     for plugin in config.render_plugins if config else ():
