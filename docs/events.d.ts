@@ -88,7 +88,20 @@ export interface GpuSample {
   type: "gpu:sample";
   timestamp: number;
   workflowId?: string;
-  gpus: Array<unknown>;
+  gpus: Array<GpuView>;
+}
+
+/** A card as clients see it, in `gpu:sample` and in /v1/status. null: not known. */
+export interface GpuView {
+  gpuId: string;
+  index: number;
+  uuid: string | null;
+  name: string | null;
+  utilization: number | null;
+  memory: MemoryView | null;
+  temperature: number | null;
+  powerWatts?: number;
+  backend?: string;
 }
 
 /** We live; `seq` is the last stored event that was told, so a good `since`. */
@@ -106,6 +119,13 @@ export interface ImagesGenerated {
   seq?: number;
   nodeId: string;
   outputs: Array<Output>;
+}
+
+/** Memory in MiB. */
+export interface MemoryView {
+  used: number;
+  total: number;
+  percentUsed: number;
 }
 
 /** How many nodes the run needs, has done, and found in ComfyUI's cache (cached ones count as done). */

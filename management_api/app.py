@@ -107,7 +107,7 @@ def create_app(
     handlers = ROUTES if routes is None else routes
 
     @asynccontextmanager
-    async def lifespan(app: Litestar) -> AsyncIterator[None]:
+    async def lifespan(_: Litestar) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             if services is None:
                 running.append(await stack.enter_async_context(start_services(base)))

@@ -38,6 +38,7 @@ from managers.errors import (
     ManagerError,
     NotFound,
     ShareFull,
+    TooLarge,
     Unavailable,
 )
 from managers.events.types import Finding
@@ -50,6 +51,7 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (Conflict, 409),
     (InvalidWorkflow, 422),
     (InvalidRequest, 400),
+    (TooLarge, 413),
     (IdempotencyMismatch, 422),
     (ShareFull, 429),
     (Unavailable, 503),

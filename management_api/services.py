@@ -12,20 +12,18 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
-from msgspec import Struct, structs
+from msgspec import Struct
 from prometheus_client import CollectorRegistry
 
 from management_api import __version__
 from management_api.eventbridge import make_eventbridge
+from management_api.inputs import make_inputs
 from management_api.programs import LOOPBACK, managed_config, tasks_config, uncharged
 from management_api.security import Authenticator
 from management_api.settings import Settings
 from management_api.uploads import make_uploads
 from managers.clock import Clock, new_id
 from managers.comfyui.backend import BackendConfig
-from managers.comfyui.fetching import FetchConfig, Fetcher
-from managers.comfyui.inputs import ClassOf
-from managers.comfyui.preparing import InputConfig, Inputs
 from managers.comfyui.restart import RestartConfig
 from managers.comfyui.watchdog import WatchConfig
 from managers.delivery.endpoints import Webhooks
@@ -111,8 +109,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
     uploads = make_uploads(settings, store=store, clock=clock)
 
     def cost_of(workflow_id: str) -> Cost | None:  # asked when all have met
-        cost = gpus.cost_of(workflow_id)
-        return None if cost is None else Cost(**structs.asdict(cost))
+        return gpus.cost_of(workflow_id)
 
     workflows = WorkflowManager(
         QueueConfig(
@@ -130,14 +127,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
     await store.open(workflows.committed)
     await workflows.forecast.open()
     backends = backend_configs(settings)
-
-    async def classes(backend: str) -> ClassOf:
-        await workflows.catalogs.current((backend,))
-        return workflows.catalogs.node_class
-
-    input_config = InputConfig(spool=settings.api.data_dir / "inputs", max_bytes=settings.inputs.max_bytes)
-    fetcher = Fetcher(Guard(allow_private=settings.inputs.allow_private), fetch_config(settings))
-    inputs = Inputs(input_config, fetcher=fetcher, classes=classes)
+    inputs = make_inputs(settings, lambda: workflows.catalogs)
     dispatchers = [
         Dispatcher(
             DispatcherConfig(
@@ -228,7 +218,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
             [dispatcher.backend for dispatcher in dispatchers],
             links=None if uploads is None else uploads.links,
         ),
-        inputs=InputDoor(input_config, [dispatcher.backend for dispatcher in dispatchers], new_id=new_id),
+        inputs=InputDoor(inputs.config, [dispatcher.backend for dispatcher in dispatchers], new_id=new_id),
         gpus=gpus,
         tasks=tasks,
         system=SystemMonitor(settings.api.data_dir),
@@ -288,7 +278,7 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
             await eventbridge.aclose()
         for dispatcher in dispatchers:
             await dispatcher.aclose()
-        await fetcher.aclose()
+        await inputs.aclose()
         if comfyui is not None:
             await comfyui.aclose()
         await tasks.aclose()
@@ -310,16 +300,6 @@ def backend_configs(settings: Settings) -> list[BackendConfig]:
         BackendConfig(name=backend.name, url=backend.url, outputs=shared if backend in local else None, watch=watch)
         for backend in settings.comfyui.backends
     ]
-
-
-def fetch_config(settings: Settings) -> FetchConfig:
-    """How patient we are with those who have the inputs of workflows."""
-    return FetchConfig(
-        timeout_seconds=settings.s3.download_timeout_ms / 1000,
-        retries=settings.s3.download_retries,
-        delay_seconds=settings.s3.download_retry_delay_ms / 1000,
-        agent=f"comfyui-management-api/{__version__}",
-    )
 
 
 def template_folders(settings: Settings) -> list[Path]:

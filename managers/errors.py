@@ -44,6 +44,10 @@ class InvalidWorkflow(InvalidRequest):
     """The graph was understood and cannot run (strict handling)."""
 
 
+class TooLarge(ManagerError):
+    """There is more of it than somebody allows, whom the message names."""
+
+
 class IdempotencyMismatch(ManagerError):
     """The idempotency key was used before with another body."""
 

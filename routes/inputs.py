@@ -18,7 +18,7 @@ from multipart import (  # type: ignore[import-untyped]  # it has no stubs
     parse_options_header,
 )
 
-from managers.comfyui.spool import Spool, TooLarge
+from managers.comfyui.spool import Spool
 from managers.errors import InvalidRequest
 from managers.workflows.inputs import InputDoor, UploadedInput
 from routes.problems import documented, problems
@@ -49,8 +49,8 @@ class _Form(Operation):
     tags=["files"],
     summary="Upload an input",
     description=(
-        "Put a file into ComfyUI's input folder: into that of `backend`, else of every backend that is up now, because "
-        "a workflow may run on any. `name` of the reply is what `LoadImage` and other loaders take. Nothing is "
+        "Put a file into ComfyUI's input folder: that of `backend`, else of every backend that is up now, because a "
+        "workflow may run on any. `name` of the reply is what `LoadImage` and other loaders take. Nothing is "
         "overwritten. The size has a limit of its own, `INPUT_MAX_BYTES`."
     ),
     operation_class=_Form,
@@ -69,18 +69,13 @@ async def upload_input(
         raise HTTPException(status_code=415, detail="Send multipart/form-data with one file")
     inputs.check(backend)
     async with inputs.new_spool() as spool:
-        try:
-            filename = await _read(request, options.get("boundary", ""), spool, inputs.max_bytes)
-        except TooLarge as error:
-            raise HTTPException(status_code=413, detail=str(error)) from None
+        filename = await _read(request, options.get("boundary", ""), spool)
         return await inputs.upload(spool, filename, backend)
 
 
-async def _read(request: Request[Any, Any, Any], boundary: str, spool: Spool, limit: int) -> str:
+async def _read(request: Request[Any, Any, Any], boundary: str, spool: Spool) -> str:
     """The one file of the form, and its name. Raises `InvalidRequest`, `TooLarge`."""
-    announced = request.content_length
-    if announced is not None and announced > limit + _AROUND:
-        raise TooLarge(limit)
+    spool.announce((request.content_length or 0) - _AROUND)
     filename: str | None = None
     current: MultipartSegment | None = None
     around = 0

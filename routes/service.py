@@ -39,6 +39,7 @@ ENDPOINTS: dict[str, dict[str, str]] = {
         "models": "GET /v1/comfyui/models",
         "outputs": "GET /v1/comfyui/outputs",
         "output": "GET /v1/comfyui/output/{path}",
+        "upload": "POST /v1/comfyui/inputs",
         "stream": "WS /v1/comfyui/stream",
         "backends": "GET /v1/comfyui/backends",
         "drain": "POST /v1/comfyui/backends/{name}/drain",

@@ -14,6 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Run in the background of a shell, and children would inherit that: Ctrl-C would do nothing to them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 PROGRAM = (sys.executable, "-m", "management_api")
 KEY = "program-key-4fT8kq0Zr1"
 SECONDS = 30

@@ -32,6 +32,7 @@ max-steps = 5
 include-name = [
   "GET /v1/comfyui/workflow", "GET /v1/comfyui/outputs", "GET /v1/comfyui/output/{path}",
   "HEAD /v1/comfyui/output/{path}", "DELETE /v1/comfyui/output/{path}", "POST /v1/comfyui/workflow", "POST /v1/tasks",
+  "POST /v1/comfyui/inputs",
   "GET /v1/usage", "GET /v1/deliveries", "POST /v1/webhooks", "PATCH /v1/webhooks/{webhook_id}",
 ]
 checks.positive_data_acceptance.expected-statuses = ["2xx", "304", "400", "404", "409", "416", "422"]

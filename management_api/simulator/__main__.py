@@ -26,6 +26,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-models", action="store_true", help="show no made-up model in empty model folders")
     parser.add_argument("--without", action="append", default=[], metavar="CLASS", help="a node class it lacks")
     parser.add_argument("--step-seconds", type=float, default=0.05, help="time of one sampler step")
+    parser.add_argument(
+        "--max-upload-size", type=float, default=100, metavar="MB", help="of a body (default %(default)s)"
+    )
     parser.add_argument("--faults", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ledger", type=Path, metavar="FILE", help=argparse.SUPPRESS)
 
@@ -40,6 +43,7 @@ def options(given: argparse.Namespace) -> SimulatorOptions:
         version=given.comfyui_version,
         pretend_models=not given.no_models,
         step_seconds=given.step_seconds,
+        max_upload_bytes=round(given.max_upload_size * 1024 * 1024),
         without=tuple(given.without),
         faults=given.faults,
         ledger=given.ledger,

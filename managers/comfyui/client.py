@@ -20,7 +20,7 @@ from managers.comfyui import tolerant
 from managers.comfyui.channel import Answer, Channel, NoAnswer, NotSent
 from managers.comfyui.protocol import HistoryEntry, PromptAccepted, Queue, SystemStats, read_history
 from managers.comfyui.spool import Spool
-from managers.errors import BackendUnavailable
+from managers.errors import BackendUnavailable, TooLarge
 
 T = TypeVar("T")
 
@@ -182,7 +182,7 @@ class ComfyUIClient:
     async def upload(self, spool: Spool, *, filename: str, subfolder: str, content_type: str) -> str:
         """Put a file into the input folder; the name under which loaders find it, which may be another than asked.
 
-        `filename` and `subfolder` are made by us: letters, digits and `._-`. Raises `UploadRefused`.
+        `filename` and `subfolder` are made by us: letters, digits and `._-`. Raises `UploadRefused`, `TooLarge`.
         """
         boundary = secrets.token_hex(16)
         before = (
@@ -212,7 +212,7 @@ class ComfyUIClient:
         except httpx.HTTPError as error:
             raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
         if reply.status_code == 413:
-            raise UploadRefused(f"ComfyUI takes no file of {spool.size} bytes (see its --max-upload-size)")
+            raise TooLarge(f"ComfyUI takes no file of {spool.size} bytes (see its --max-upload-size)")
         if reply.status_code == 400:
             raise UploadRefused("ComfyUI does not take the file")
         try:

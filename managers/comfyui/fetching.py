@@ -15,7 +15,8 @@ import httpx
 import structlog
 from msgspec import Struct
 
-from managers.comfyui.spool import Spool, TooLarge
+from managers.comfyui.spool import Spool
+from managers.errors import TooLarge
 from managers.guard import Forbidden, Guard, Unresolved, split
 
 log = structlog.get_logger(__name__)

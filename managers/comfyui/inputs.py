@@ -35,7 +35,7 @@ _LOADERS = {
 _SOURCE = re.compile(r"(https?://|data:)", re.IGNORECASE)
 _PERHAPS = re.compile(rb"https?:|data:|\\u", re.IGNORECASE)  # JSON may write any letter as \u…
 _object = msgspec.json.Decoder(dict[str, Raw])
-_DATA = re.compile(r"data:[^,;]{0,100}(?:;[^,;]{0,100})*?;base64,", re.IGNORECASE)
+_DATA = re.compile(r"data:[^,;]{0,100}(?:;[^,;]{0,100}){0,10}?;base64,", re.IGNORECASE)
 
 
 class Source(Struct, frozen=True):

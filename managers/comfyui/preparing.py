@@ -28,9 +28,9 @@ from managers.comfyui.inputs import (
     sources,
 )
 from managers.comfyui.media import media_in
-from managers.comfyui.spool import Spool, TooLarge
+from managers.comfyui.spool import Spool
 from managers.comfyui.verdicts import Job, Result, Verdict
-from managers.errors import Unavailable
+from managers.errors import TooLarge, Unavailable
 from managers.events.types import Finding
 
 log = structlog.get_logger(__name__)
@@ -56,13 +56,17 @@ class Inputs:
     """Puts inputs in place. All attempts share it."""
 
     def __init__(self, config: InputConfig, *, fetcher: Fetcher, classes: Classes) -> None:
-        self._config = config
+        self.config = config
         self._fetcher = fetcher
         self._classes = classes
 
+    async def aclose(self) -> None:
+        """Close what is open."""
+        await self._fetcher.aclose()
+
     def new_spool(self) -> Spool:
         """For one input."""
-        return Spool(self._config.spool, self._config.max_bytes)
+        return Spool(self.config.spool, self.config.max_bytes)
 
     async def in_place(self, backend: Backend, job: Job) -> bytes | Verdict:
         """The graph to post; or the end of the attempt: FAILED, or WITHDRAWN where ComfyUI (or our disk) failed."""
@@ -117,7 +121,7 @@ class Inputs:
                         subfolder=f"{FOLDER}/{job.workflow_id}",
                         content_type=media.type,
                     )
-                except UploadRefused as error:
+                except (UploadRefused, TooLarge) as error:
                     return _CannotBeHad(f"cannot be given to ComfyUI: {error}")
 
     async def _decoded(self, uri: str) -> Spool:

@@ -15,21 +15,13 @@ from types import TracebackType
 from typing import BinaryIO, ParamSpec, Self, TypeVar
 
 from managers.comfyui.media import HEAD
-from managers.errors import ManagerError, Unavailable
+from managers.errors import TooLarge, Unavailable
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _IN_MEMORY = 2**20
 _DISK_SECONDS = 60.0
-
-
-class TooLarge(ManagerError):
-    """There is more of it than `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"It is larger than {limit} bytes, which INPUT_MAX_BYTES allows")
-        self.limit = limit
 
 
 class Spool:
@@ -62,7 +54,7 @@ class Spool:
     def announce(self, size: int) -> None:
         """So many bytes are said to come. Raises `TooLarge`."""
         if size > self._limit:
-            raise TooLarge(self._limit)
+            raise TooLarge(f"It is larger than {self._limit} bytes, which INPUT_MAX_BYTES allows")
 
     async def write(self, piece: bytes) -> None:
         """Take the next bytes. Raises `TooLarge`, and `Unavailable` when the disk fails."""

@@ -262,8 +262,10 @@ def _fits(received: str, wanted: str) -> bool:
 def _check_value(
     node: Node, name: str, value: object, spec: InputSpec, *, graph: Graph, nearest: Nearest
 ) -> Iterator[Finding]:
-    if spec.dynamic or is_source(node.class_type, name, value, spec):
-        return  # what is fetched at its turn is not there yet
+    if spec.dynamic:
+        return
+    if isinstance(value, str) and is_source(node.class_type, name, value, spec):
+        return  # it is fetched at its turn, and lies in no folder yet
     if isinstance(value, list) and not (spec.type == COMBO and spec.multiselect):
         hint = ""
         if len(value) == 2 and str(value[0]) in graph:

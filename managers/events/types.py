@@ -256,12 +256,34 @@ class QueueStatus(Event, frozen=True, kw_only=True, tag="queue:status"):
     paused: bool
 
 
+class MemoryView(Struct, frozen=True, kw_only=True, rename="camel"):
+    """Memory in MiB."""
+
+    used: int
+    total: int
+    percent_used: float
+
+
+class GpuView(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
+    """A card as clients see it, in `gpu:sample` and in /v1/status. null: not known."""
+
+    gpu_id: str
+    index: int
+    uuid: str | None
+    name: str | None
+    utilization: float | None
+    memory: MemoryView | None
+    temperature: float | None
+    power_watts: float | UnsetType = UNSET
+    backend: str | UnsetType = UNSET
+
+
 class GpuSample(Event, frozen=True, kw_only=True, tag="gpu:sample"):
     """A sample of every GPU."""
 
     channel: ClassVar[Channel] = "gpu"
 
-    gpus: tuple[Any, ...]
+    gpus: tuple[GpuView, ...]
 
 
 class ComfyUIMessage(Struct, frozen=True, kw_only=True, rename="camel"):

@@ -3,8 +3,9 @@
 `GpuManager` is what the house uses. Must never be asked to wait: a driver that hangs hurts nobody but its own thread.
 """
 
+from managers.events.types import Cost, GpuView, MemoryView
 from managers.gpu.manager import GpuConfig, GpuManager
-from managers.gpu.values import Cost, Gpu, GpuProcess, GpuStatus, GpuView, MemoryView, Sample
+from managers.gpu.values import Gpu, GpuProcess, GpuStatus, Sample
 
 __all__ = [
     "Cost",

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UNSET, Struct
 
-from managers.gpu.values import Cost, Gpu
+from managers.events.types import Cost
+from managers.gpu.values import Gpu
 
 GAP_SECONDS = 10.0
 """Between two samples further apart than this nobody knows what power was drawn, or how high the memory went."""

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
+from managers.events.types import Cost
 from managers.gpu.cost import Meter, Part
-from managers.gpu.values import Cost
 
 _KEPT = 512
 

@@ -20,6 +20,7 @@ from managers.events.types import (
     BackendConnected,
     BackendDisconnected,
     ComfyUIMessage,
+    Cost,
     GpuSample,
     LiveEvent,
     StoredEvent,
@@ -33,7 +34,7 @@ from managers.gpu.costs import Costs
 from managers.gpu.owners import Owners
 from managers.gpu.remote import CRYSTOOLS, Pace, Remote
 from managers.gpu.sampler import Sampler
-from managers.gpu.values import Cost, Gpu, GpuStatus, Sample, view
+from managers.gpu.values import Gpu, GpuStatus, Sample, view
 
 log = structlog.get_logger(__name__)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from msgspec import UNSET, Struct, UnsetType
 
+from managers.events.types import GpuView, MemoryView
+
 MIB = 2**20
 
 
@@ -47,40 +49,6 @@ class Sample(Struct, frozen=True, kw_only=True):
     at: float
     gpus: tuple[Gpu, ...] = ()
     error: str | None = None
-
-
-class Cost(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """What a run took of the cards it ran on; each value is absent where it is not known for the whole run.
-
-    `gpu_seconds`: its time, once for each of these cards. `vram_peak_bytes`: the most that a sample showed.
-    `energy_joules`: what the cards drew meanwhile.
-    """
-
-    gpu_seconds: float | UnsetType = UNSET
-    vram_peak_bytes: int | UnsetType = UNSET
-    energy_joules: float | UnsetType = UNSET
-
-
-class MemoryView(Struct, frozen=True, kw_only=True, rename="camel"):
-    """Memory in MiB."""
-
-    used: int
-    total: int
-    percent_used: float
-
-
-class GpuView(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
-    """A card as clients see it, in `gpu:sample` and in /v1/status. null: not known."""
-
-    gpu_id: str
-    index: int
-    uuid: str | None
-    name: str | None
-    utilization: float | None
-    memory: MemoryView | None
-    temperature: float | None
-    power_watts: float | UnsetType = UNSET
-    backend: str | UnsetType = UNSET
 
 
 class GpuStatus(Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):

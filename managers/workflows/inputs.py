@@ -19,7 +19,7 @@ from managers.comfyui.client import UploadRefused
 from managers.comfyui.media import media_in
 from managers.comfyui.preparing import InputConfig
 from managers.comfyui.spool import Spool
-from managers.errors import BackendUnavailable, InvalidRequest
+from managers.errors import BackendUnavailable, InvalidRequest, TooLarge
 from managers.events.types import Finding
 
 log = structlog.get_logger(__name__)
@@ -42,7 +42,6 @@ class InputDoor:
     """Takes files for the backends."""
 
     def __init__(self, config: InputConfig, backends: Sequence[Backend], *, new_id: IdMaker) -> None:
-        self.max_bytes = config.max_bytes
         self._config = config
         self._backends = {backend.name: backend for backend in backends}
         self._new_id = new_id
@@ -61,7 +60,7 @@ class InputDoor:
     async def upload(self, spool: Spool, filename: str, backend: str | None = None) -> UploadedInput:
         """Put a file into the input folder of this backend; without one, of every backend that is up.
 
-        A workflow may run on any. Raises `InvalidRequest`, and `BackendUnavailable` when no backend took it.
+        A workflow may run on any. Raises `InvalidRequest`, `TooLarge`, `BackendUnavailable` when nobody took it.
         """
         if not spool.size:
             raise InvalidRequest("The file is empty")
@@ -76,15 +75,13 @@ class InputDoor:
         )
         taken = [one.name for one, answer in zip(backends, answers, strict=True) if isinstance(answer, str)]
         for one, answer in zip(backends, answers, strict=True):
-            if isinstance(answer, BackendUnavailable | UploadRefused):
+            if isinstance(answer, BackendUnavailable | TooLarge | UploadRefused):
                 log.warning("an input was not taken", backend=one.name, reason=str(answer))
             elif isinstance(answer, BaseException):
                 raise answer
         if not taken:
             failure = next(answer for answer in answers if isinstance(answer, Exception))
-            if isinstance(failure, UploadRefused):
-                raise InvalidRequest(str(failure))
-            raise BackendUnavailable(str(failure))
+            raise InvalidRequest(str(failure)) if isinstance(failure, UploadRefused) else failure
         found = next(answer for answer in answers if isinstance(answer, str))
         return UploadedInput(name=found, backends=tuple(taken), size=spool.size, content_type=kind)
 
@@ -97,7 +94,7 @@ class InputDoor:
             )
         up = [one for one in self._backends.values() if one.up and name in (None, one.name)]
         if not up:
-            raise BackendUnavailable("No ComfyUI is there to take the file" if name is None else f"{name} is away")
+            raise BackendUnavailable("No ComfyUI is there to take the file" if name is None else f"The backend {name} is not there now")
         return up
 
 

@@ -46,6 +46,7 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Comfy]:
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_the_life_of_a_workflow_is_told_in_order(tmp_path: Path, bus: EventBus, backend: Comfy) -> None:
     app = create_app(load(environment(tmp_path, backend, **bus.environ()), None))
     async with house(app) as service:
@@ -86,6 +87,7 @@ async def test_the_life_of_a_workflow_is_told_in_order(tmp_path: Path, bus: Even
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_an_attempt_that_is_made_again_is_no_end(tmp_path: Path, bus: EventBus, backend: Comfy) -> None:
     async with house(create_app(load(environment(tmp_path, backend, **bus.environ()), None))) as service:
         workflow_id = await service.submit(sleeper(steps=20))
@@ -102,6 +104,7 @@ async def test_an_attempt_that_is_made_again_is_no_end(tmp_path: Path, bus: Even
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_progress_is_throttled_and_nodes_are_not(tmp_path: Path, bus: EventBus, backend: Comfy) -> None:
     environ = bus.environ(EVENT_PROGRESS_SECONDS="0.5")
     async with house(create_app(load(environment(tmp_path, backend, **environ), None))) as service:
@@ -126,6 +129,7 @@ async def test_progress_is_throttled_and_nodes_are_not(tmp_path: Path, bus: Even
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_of_a_call_only_what_failed_is_sent_again(tmp_path: Path, bus: EventBus, backend: Comfy) -> None:
     front = Front(bus.url)
     refused: set[str] = set()
@@ -153,6 +157,7 @@ async def test_of_a_call_only_what_failed_is_sent_again(tmp_path: Path, bus: Eve
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_each_entry_has_an_outcome_of_its_own(bus: EventBus) -> None:
     front = Front(bus.url)
     front.refuses = lambda entry: "refuse" in entry["Detail"]
@@ -176,6 +181,7 @@ async def test_each_entry_has_an_outcome_of_its_own(bus: EventBus) -> None:
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_a_bus_that_was_away_gets_everything_in_order(tmp_path: Path, bus: EventBus, backend: Comfy) -> None:
     front = Front(bus.url)
     environ = environment(tmp_path, backend, **bus.environ(EVENTBRIDGE_ENDPOINT_URL=front.url))
@@ -196,6 +202,7 @@ async def test_a_bus_that_was_away_gets_everything_in_order(tmp_path: Path, bus:
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_snake_names_for_older_consumers(tmp_path: Path, bus: EventBus, backend: Comfy) -> None:
     environ = bus.environ(EVENT_NAMING="snake")
     async with house(create_app(load(environment(tmp_path, backend, **environ), None))) as service:
@@ -208,6 +215,7 @@ async def test_snake_names_for_older_consumers(tmp_path: Path, bus: EventBus, ba
 
 
 @needs_moto
+@pytest.mark.slow
 async def test_a_hanging_bus_holds_up_nothing(tmp_path: Path, backend: Comfy) -> None:
     async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()

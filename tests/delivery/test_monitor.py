@@ -20,7 +20,7 @@ from tests.delivery.aws_kit import KEYS, EventBus, Moto, needs_moto, started_mot
 
 LIFE = ["Job Started", "Images Generated", "Job Completed"]
 
-pytestmark = needs_moto
+pytestmark = [needs_moto, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ async def test_all_of_it_under_our_client_id_and_the_outline_of_all_others(
     before = await submit(backend, picture())
     await backend.until_queue(lambda running, pending: not running and not pending)
     async with watching(tmp_path, bus, backend) as client_id:
-        ours = await submit(backend, sleeper(steps=20), client_id, queue_id="order-17", api_key_comfy_org="secret")
+        ours = await submit(backend, sleeper(steps=80), client_id, queue_id="order-17", api_key_comfy_org="secret")
         others = await submit(backend, picture(), "somebody else")
         nameless = await submit(backend, picture())
         failing = await submit(backend, sleeper(steps=2, fail="value_error", fail_at_step=1), "somebody else")

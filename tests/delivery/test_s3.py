@@ -29,7 +29,7 @@ from tests.delivery.s3_kit import (
 )
 from tests.faults.proxy import proxied
 
-pytestmark = needs_rclone
+pytestmark = [needs_rclone, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,6 @@ async def test_more_than_16_mebibytes_go_up_in_parts(shared: S3Server, tmp_path:
         assert (len(parts), sum(parts)) == (4, MULTIPART + 1)
 
 
-@pytest.mark.slow
 async def test_many_mebibytes_go_not_through_memory(here: Bench, shared: S3Server) -> None:
     size = 128 * 2**20
     path = here.folder.root / "long.mp4"

@@ -9,7 +9,7 @@ import pytest
 from tests.delivery.s3_kit import BUCKET, KEY_ID, SECRET, needs_rclone, s3_server
 from tests.program import run
 
-pytestmark = needs_rclone
+pytestmark = [needs_rclone, pytest.mark.slow]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.delivery.s3_kit import BUCKET, KEY_ID, SECRET, S3Server, fetch, needs
 from tests.faults.proxy import proxied
 from tests.queue_kit import PATH, ROOT, Comfy, House, Queue, Site, child, comfy, environment, picture, sleeper
 
-pytestmark = needs_rclone
+pytestmark = [needs_rclone, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +234,6 @@ async def test_no_secret_and_no_link_is_in_the_log(
     assert not [one for one in (secret, KEY_ID, "X-Amz-") if one in said]
 
 
-@pytest.mark.slow
 async def test_killed_between_upload_and_record_it_is_recorded_once(
     server: S3Server, simulator: Comfy, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ async def test_the_command_runs_once_and_charges_nobody(simulator: Comfy, tmp_pa
     script.write_text(RESTARTER)
     command = shlex.join(python(str(script), str(told), str(simulator.process.pid)))
     secret = {"MANAGEMENT_API_KEYS_FILE": "", "PATH": "/usr/bin", "AWS_SECRET_ACCESS_KEY": "hidden", "TZ": "UTC"}
+    secret |= {"AWS_ACCESS_KEY_ID": "hidden too"}
     async with impatient(tmp_path, simulator, COMFYUI_RESTART_COMMAND=command, **secret) as (queue, stream):
         stuck = await queue.submit(deaf(60), timeoutSeconds=0.3)
         await queue.started(stuck)
