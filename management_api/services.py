@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -124,167 +124,174 @@ async def start_services(base: Base) -> AsyncIterator[Services]:
         cost_of=cost_of,
         links=None if uploads is None else uploads.links,
     )
-    await store.open(workflows.committed)
-    await workflows.forecast.open()
-    backends = backend_configs(settings)
-    inputs = make_inputs(settings, lambda: workflows.catalogs)
-    dispatchers = [
-        Dispatcher(
-            DispatcherConfig(
-                backend=backend,
-                prefetch=settings.comfyui.prefetch,
-                free_when_idle_seconds=settings.comfyui.free_when_idle_seconds,
-                gone_seconds=settings.comfyui.gone_seconds,
-                restart=restart_config(settings, backend),
+    async with AsyncExitStack() as stack:  # closed in the reverse order
+        await store.open(workflows.committed)
+        stack.push_async_callback(store.close)
+        await workflows.forecast.open()
+        backends = backend_configs(settings)
+        inputs = make_inputs(settings, lambda: workflows.catalogs)
+        dispatchers = [
+            Dispatcher(
+                DispatcherConfig(
+                    backend=backend,
+                    prefetch=settings.comfyui.prefetch,
+                    free_when_idle_seconds=settings.comfyui.free_when_idle_seconds,
+                    gone_seconds=settings.comfyui.gone_seconds,
+                    restart=restart_config(settings, backend),
+                ),
+                store=store,
+                events=hub,
+                live=workflows.live,
+                forecast=workflows.forecast,
+                describe=workflows.describe,
+                clock=clock,
+                new_id=new_id,
+                client_id=await store.client_id(backend.name),
+                cost_of=cost_of,
+                before_complete=uploads.before_complete
+                if uploads is not None and settings.s3.before_complete
+                else None,
+                inputs=inputs,
+            )
+            for backend in backends
+        ]
+        drained = await store.drained()
+        for dispatcher in dispatchers:
+            if dispatcher.name in drained:
+                dispatcher.drain()
+        workflows.attach(dispatchers)
+        gpus = GpuManager(
+            gpu_config(settings), backends=[dispatcher.backend for dispatcher in dispatchers], hub=hub, clock=clock
+        )
+        comfyui = (
+            None
+            if program is None
+            else ManagedComfyUI(program, clock=clock, on_restart=lambda name: uncharged(dispatchers, name))
+        )
+        tickets = Tickets(clock)
+        base.authenticator.register_ticket_checker(tickets.redeem)
+        files = Files(
+            FilesConfig(
+                outputs=settings.comfyui.outputs,
+                models={kind: getattr(settings.comfyui.models, kind) for kind in MODEL_TYPES},
             ),
-            store=store,
-            events=hub,
-            live=workflows.live,
-            forecast=workflows.forecast,
-            describe=workflows.describe,
+            Owners(store, next((backend.name for backend in backends if backend.outputs), None)),
+        )
+        outgoing = SqliteDeliveries(store)
+        deliveries = Deliveries(store=outgoing, log=store, clock=clock, new_id=new_id)
+        sender = Sender(
+            Guard(allow_private=settings.delivery.webhook_allow_private),
+            clock=clock,
+            agent=f"comfyui-management-api/{__version__}",
+        )
+        webhooks = Webhooks(
+            store=outgoing,
+            deliveries=deliveries,
+            sender=sender,
             clock=clock,
             new_id=new_id,
-            client_id=await store.client_id(backend.name),
-            cost_of=cost_of,
-            before_complete=uploads.before_complete if uploads is not None and settings.s3.before_complete else None,
-            inputs=inputs,
+            dress=as_stored if uploads is None else uploads.links.dressed,
         )
-        for backend in backends
-    ]
-    drained = await store.drained()
-    for dispatcher in dispatchers:
-        if dispatcher.name in drained:
-            dispatcher.drain()
-    workflows.attach(dispatchers)
-    gpus = GpuManager(
-        gpu_config(settings), backends=[dispatcher.backend for dispatcher in dispatchers], hub=hub, clock=clock
-    )
-    comfyui = (
-        None
-        if program is None
-        else ManagedComfyUI(program, clock=clock, on_restart=lambda name: uncharged(dispatchers, name))
-    )
-    tickets = Tickets(clock)
-    base.authenticator.register_ticket_checker(tickets.redeem)
-    files = Files(
-        FilesConfig(
-            outputs=settings.comfyui.outputs,
-            models={kind: getattr(settings.comfyui.models, kind) for kind in MODEL_TYPES},
-        ),
-        Owners(store, next((backend.name for backend in backends if backend.outputs), None)),
-    )
-    outgoing = SqliteDeliveries(store)
-    deliveries = Deliveries(store=outgoing, log=store, clock=clock, new_id=new_id)
-    sender = Sender(
-        Guard(allow_private=settings.delivery.webhook_allow_private),
-        clock=clock,
-        agent=f"comfyui-management-api/{__version__}",
-    )
-    webhooks = Webhooks(
-        store=outgoing,
-        deliveries=deliveries,
-        sender=sender,
-        clock=clock,
-        new_id=new_id,
-        dress=as_stored if uploads is None else uploads.links.dressed,
-    )
-    templates = Templates(
-        SqliteTemplates(store),
-        workflows,
-        clock,
-        folders=template_folders(settings),
-        default=settings.api.generate_template,
-    )
-    await templates.open()
-    services = Services(
-        service=ServiceInfo(
-            version=__version__, started=clock.monotonic(), clock=clock, metrics_auth=settings.api.metrics_auth
-        ),
-        ready_state=Readiness(workflows, tasks, store.check),
-        registry=base.registry,
-        workflows=workflows,
-        hub=hub,
-        streams=Streams(
+        templates = Templates(
+            SqliteTemplates(store),
+            workflows,
+            clock,
+            folders=template_folders(settings),
+            default=settings.api.generate_template,
+        )
+        await templates.open()
+        services = Services(
+            service=ServiceInfo(
+                version=__version__, started=clock.monotonic(), clock=clock, metrics_auth=settings.api.metrics_auth
+            ),
+            ready_state=Readiness(workflows, tasks, store.check),
+            registry=base.registry,
+            workflows=workflows,
             hub=hub,
-            log=workflows.log,
-            source=workflows,
-            tickets=tickets,
+            streams=Streams(
+                hub=hub,
+                log=workflows.log,
+                source=workflows,
+                tickets=tickets,
+                clock=clock,
+                origins=settings.api.cors_allowed_origins,
+            ),
+            files=files,
+            output_door=OutputDoor(
+                store,
+                [dispatcher.backend for dispatcher in dispatchers],
+                links=None if uploads is None else uploads.links,
+            ),
+            inputs=InputDoor(inputs.config, [dispatcher.backend for dispatcher in dispatchers], new_id=new_id),
+            gpus=gpus,
+            tasks=tasks,
+            system=SystemMonitor(settings.api.data_dir),
+            managed=Managed(comfyui),
+            deliveries=deliveries,
+            webhooks=webhooks,
+            templates=templates,
+        )
+        disks = DiskWatch({"data": settings.api.data_dir, "outputs": settings.comfyui.outputs})
+        metrics = HouseMetrics(
+            base.registry,
+            workflows=workflows,
+            hub=hub,
+            gpus=gpus,
             clock=clock,
-            origins=settings.api.cors_allowed_origins,
-        ),
-        files=files,
-        output_door=OutputDoor(
-            store,
-            [dispatcher.backend for dispatcher in dispatchers],
-            links=None if uploads is None else uploads.links,
-        ),
-        inputs=InputDoor(inputs.config, [dispatcher.backend for dispatcher in dispatchers], new_id=new_id),
-        gpus=gpus,
-        tasks=tasks,
-        system=SystemMonitor(settings.api.data_dir),
-        managed=Managed(comfyui),
-        deliveries=deliveries,
-        webhooks=webhooks,
-        templates=templates,
-    )
-    disks = DiskWatch({"data": settings.api.data_dir, "outputs": settings.comfyui.outputs})
-    metrics = HouseMetrics(
-        base.registry,
-        workflows=workflows,
-        hub=hub,
-        gpus=gpus,
-        clock=clock,
-        tasks=tasks,
-        disks=disks,
-        deliveries=deliveries,
-    )
-    await tasks.open()
-    stop_hearing = hub.listen(deliveries.hear)
-    await webhooks.open()
-    if uploads is not None:
-        await deliveries.add(uploads.destination(services.output_door))
-    eventbridge = make_eventbridge(
-        settings,
-        records=store,
-        hub=hub,
-        clock=clock,
-        client_ids={dispatcher.name: dispatcher.backend.client_id for dispatcher in dispatchers},
-        dress=None if uploads is None else uploads.links.dressed,
-    )
-    if eventbridge is not None:
-        await deliveries.add(eventbridge)
-    retention = Retention(RetentionConfig(days=settings.api.retention), store, clock, heard=deliveries.heard)
-    log_retention = Retention(RetentionConfig(days=settings.delivery.log_days), outgoing, clock)
-    work = [
-        asyncio.create_task(_keep(gpus), name="gpus"),  # first: no start of a workflow may pass unheard
-        *(asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}") for dispatcher in dispatchers),
-        asyncio.create_task(retention.run(), name="retention"),
-        asyncio.create_task(log_retention.run(), name="retention of the delivery log"),
-        asyncio.create_task(_keep(disks), name="disks"),
-        *([asyncio.create_task(_keep(comfyui), name="comfyui")] if comfyui else ()),
-        *([asyncio.create_task(_keep(eventbridge), name="eventbridge")] if eventbridge else ()),
-    ]
-    try:
-        yield services
-    finally:
-        await services.close_doors()
-        stop_hearing()
-        await deliveries.aclose()  # while the store can still record what arrives
-        await webhooks.aclose()
-        for task in work:
-            task.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
-        if eventbridge is not None:
-            await eventbridge.aclose()
-        for dispatcher in dispatchers:
-            await dispatcher.aclose()
-        await inputs.aclose()
+            tasks=tasks,
+            disks=disks,
+            deliveries=deliveries,
+        )
+        stack.callback(metrics.close)
+        stack.callback(files.close)
+        stack.push_async_callback(tasks.aclose)
         if comfyui is not None:
-            await comfyui.aclose()
-        await tasks.aclose()
-        files.close()
-        await store.close()
-        metrics.close()
+            stack.push_async_callback(comfyui.aclose)
+        stack.push_async_callback(inputs.aclose)
+        for dispatcher in dispatchers:
+            stack.push_async_callback(dispatcher.aclose)
+        await tasks.open()
+        stop_hearing = hub.listen(deliveries.hear)
+        await webhooks.open()
+        if uploads is not None:
+            await deliveries.add(uploads.destination(services.output_door))
+        eventbridge = make_eventbridge(
+            settings,
+            records=store,
+            hub=hub,
+            clock=clock,
+            client_ids={dispatcher.name: dispatcher.backend.client_id for dispatcher in dispatchers},
+            dress=None if uploads is None else uploads.links.dressed,
+        )
+        if eventbridge is not None:
+            stack.push_async_callback(eventbridge.aclose)
+            await deliveries.add(eventbridge)
+        retention = Retention(RetentionConfig(days=settings.api.retention), store, clock, heard=deliveries.heard)
+        log_retention = Retention(RetentionConfig(days=settings.delivery.log_days), outgoing, clock)
+        work = [
+            asyncio.create_task(_keep(gpus), name="gpus"),  # first: no start of a workflow may pass unheard
+            *(
+                asyncio.create_task(_keep(dispatcher), name=f"dispatcher {dispatcher.name}")
+                for dispatcher in dispatchers
+            ),
+            asyncio.create_task(retention.run(), name="retention"),
+            asyncio.create_task(log_retention.run(), name="retention of the delivery log"),
+            asyncio.create_task(_keep(disks), name="disks"),
+            *([asyncio.create_task(_keep(comfyui), name="comfyui")] if comfyui else ()),
+            *([asyncio.create_task(_keep(eventbridge), name="eventbridge")] if eventbridge else ()),
+        ]
+        stack.push_async_callback(_end, work)
+        stack.push_async_callback(webhooks.aclose)
+        stack.push_async_callback(deliveries.aclose)  # while the store can still record what arrives
+        stack.callback(stop_hearing)
+        stack.push_async_callback(services.close_doors)
+        yield services
+
+
+async def _end(work: Sequence[asyncio.Task[None]]) -> None:
+    for task in work:
+        task.cancel()
+    await asyncio.gather(*work, return_exceptions=True)
 
 
 def backend_configs(settings: Settings) -> list[BackendConfig]:

@@ -179,7 +179,7 @@ def test_draining_ends_when_its_time_is_over(comfyui: str, tmp_path: Path) -> No
         assert house.last_words() == []
         assert house.stream.protocol.close_code == 1001
         assert process.wait() == 0
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 4  # 2, and what a busy machine takes
         assert events(process) == ["draining", "stopping", "stopped"]
     there = httpx.get(f"{comfyui}/queue").json()["queue_running"]
     assert [item[1] for item in there] == [prompt_id], "it is left to ComfyUI, for the next start"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -18,12 +19,22 @@ from management_api.app import create_app
 from management_api.keys import add_key
 from management_api.settings import load
 from managers.callers import KeyScope
+from managers.clock import SystemClock, new_id
+from managers.comfyui.attempt import AttemptRun
+from managers.comfyui.backend import Backend, BackendConfig, Signal
+from managers.comfyui.fetching import FetchConfig, Fetcher
+from managers.comfyui.inputs import ClassOf
+from managers.comfyui.preparing import InputConfig, Inputs
+from managers.comfyui.verdicts import Job, Result
+from managers.events.types import LiveEvent, Output
+from managers.guard import Guard
 from tests.origin import Origin, bare, dripping, endless, head, held, origin, png, silent, whole
 from tests.queue_kit import (
     Comfy,
     Graph,
     House,
     Queue,
+    Site,
     View,
     child,
     comfy,
@@ -66,9 +77,16 @@ async def web() -> AsyncIterator[Origin]:
         yield found
 
 
+@pytest.fixture(scope="module")
+def site(simulator: Comfy, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    return Site(tmp_path_factory.mktemp("site"), simulator, GPU_SAMPLE_SECONDS="0", **QUICK)
+
+
 @pytest.fixture
-async def queue(tmp_path: Path, simulator: Comfy) -> AsyncIterator[House]:
-    async with started(tmp_path, simulator, **QUICK) as service:
+async def queue(site: Site) -> AsyncIterator[House]:
+    """A fresh service that is quick to give up, connected."""
+    async with site.fresh() as service:
+        await service.connected()
         yield service
 
 
@@ -229,6 +247,20 @@ async def test_a_comfyui_that_takes_no_such_file_is_named(tmp_path: Path) -> Non
             assert "--max-upload-size" in reply.json()["detail"]
 
 
+async def test_a_comfyui_that_cannot_keep_files_holds_up_nobody(tmp_path: Path) -> None:
+    with comfy(tmp_path / "full") as simulator:
+        for name in ("jobs", "uploads"):
+            (simulator.directory / "input" / name).write_text("no folder can be made here")
+        async with started(tmp_path, simulator) as service:
+            view = await service.run(loads(data_uri(png())))
+            assert (view["status"], view["errorType"]) == ("failed", "input")
+            assert "cannot be given to ComfyUI: ComfyUI answered 500 to POST /upload/image" in view["error"]
+            assert (await service.run(picture()))["status"] == "completed"
+            reply = await service.client.post(INPUTS, **form(png()))
+            assert reply.status_code == 503
+            assert "ComfyUI answered 500" in reply.json()["detail"]
+
+
 # ---- meanwhile
 
 
@@ -248,6 +280,50 @@ async def test_a_cancel_ends_the_download(tmp_path: Path, simulator: Comfy, web:
         assert (await service.get(workflow_id))["status"] == "cancelled"
         assert await service.attempts(workflow_id) == [(1, "ended")]
     assert await simulator.posts() == before + 1, "only the other"
+
+
+class Deaf:
+    """Listens to an attempt, and does not mind."""
+
+    def started(self, start_time: int) -> None: ...
+
+    def ended(self) -> None: ...
+
+    def produced(self, node_id: str, outputs: tuple[Output, ...]) -> None: ...
+
+    def publish(self, event: LiveEvent) -> None: ...
+
+
+@pytest.mark.parametrize(("signal", "result"), [(Signal.CANCEL, Result.GONE), (Signal.WITHDRAW, Result.WITHDRAWN)])
+async def test_what_is_called_off_before_its_turn_is_not_even_fetched(
+    signal: Signal, result: Result, tmp_path: Path, simulator: Comfy, web: Origin
+) -> None:
+    web.paths["/cat"] = whole(png())
+    before = await simulator.posts()
+    config = BackendConfig(name="local", url=simulator.url)
+    backend = Backend(config, new_id(), clock=SystemClock(), publish=lambda _: None, on_event=lambda _: None)
+
+    async def nothing_told(_: str) -> ClassOf:
+        return lambda _: None
+
+    fetcher = Fetcher(Guard(allow_private=True), FetchConfig())
+    inputs = Inputs(InputConfig(spool=tmp_path), fetcher=fetcher, classes=nothing_told)
+    job = Job(
+        workflow_id=new_id(),
+        prompt_id=new_id(),
+        graph=json.dumps(loads(f"{web.url}/cat")).encode(),
+        extra_data=None,
+        nodes={},
+        timeout_seconds=10,
+    )
+    run = AttemptRun(backend, job, Deaf(), inputs)
+    run.tell(signal)
+    async with asyncio.timeout(10):
+        assert (await run.run()).result is result
+    await backend.client.aclose()
+    await inputs.aclose()
+    assert not web.requests
+    assert await simulator.posts() == before
 
 
 async def test_the_more_urgent_does_not_wait_for_a_download(tmp_path: Path, simulator: Comfy, web: Origin) -> None:
@@ -279,6 +355,7 @@ async def test_it_is_fetched_while_the_one_before_runs(tmp_path: Path, simulator
         assert (await service.ended(second))["status"] == "completed"
 
 
+@pytest.mark.slow
 async def test_comfyui_away_meanwhile_is_no_failure(tmp_path: Path, web: Origin) -> None:
     web.paths["/held"] = held
     with comfy(tmp_path / "comfyui") as simulator:
@@ -296,6 +373,7 @@ async def test_comfyui_away_meanwhile_is_no_failure(tmp_path: Path, web: Origin)
             assert await simulator.posts() == 1
 
 
+@pytest.mark.slow
 async def test_our_death_while_fetching_loses_nothing_and_posts_once(tmp_path: Path, web: Origin) -> None:
     web.paths["/held"] = held
     (tmp_path / "data").mkdir()

@@ -31,6 +31,8 @@ _system_stats = msgspec.json.Decoder(SystemStats, strict=False)
 _anything: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 
 _REFUSALS = {"error", "node_errors"}
+_AWAY = {502, 503, 504}
+"""What somebody between says of one that is not there."""
 _TIMEOUT = httpx.Timeout(10.0, connect=5.0)
 # ComfyUI validates the whole graph before it answers, and a server collecting its garbage stalls (PROTOCOL §9).
 _POST_SECONDS = 30.0
@@ -213,14 +215,14 @@ class ComfyUIClient:
             raise BackendUnavailable(f"ComfyUI does not answer: {_reason(error)}") from error
         if reply.status_code == 413:
             raise TooLarge(f"ComfyUI takes no file of {spool.size} bytes (see its --max-upload-size)")
-        if reply.status_code == 400:
-            raise UploadRefused("ComfyUI does not take the file")
+        if reply.status_code in _AWAY:
+            raise BackendUnavailable(f"ComfyUI answered {reply.status_code} to POST /upload/image")
+        if reply.status_code != 200:  # its disk may be full: to ask for ever would hold up all others
+            raise UploadRefused(f"ComfyUI answered {reply.status_code} to POST /upload/image")
         try:
-            found = tolerant.decode(
-                _good(Answer(reply.status_code, reply.content), "POST", "/upload/image"), _uploaded
-            )
+            found = tolerant.decode(reply.content, _uploaded)
         except msgspec.DecodeError as error:
-            raise BackendUnavailable("ComfyUI's answer to POST /upload/image was not understood") from error
+            raise UploadRefused("ComfyUI's answer to POST /upload/image was not understood") from error
         return f"{found.subfolder}/{found.name}" if found.subfolder else found.name
 
     @asynccontextmanager

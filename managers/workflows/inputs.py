@@ -81,7 +81,7 @@ class InputDoor:
                 raise answer
         if not taken:
             failure = next(answer for answer in answers if isinstance(answer, Exception))
-            raise InvalidRequest(str(failure)) if isinstance(failure, UploadRefused) else failure
+            raise BackendUnavailable(str(failure)) if isinstance(failure, UploadRefused) else failure
         found = next(answer for answer in answers if isinstance(answer, str))
         return UploadedInput(name=found, backends=tuple(taken), size=spool.size, content_type=kind)
 
@@ -94,7 +94,9 @@ class InputDoor:
             )
         up = [one for one in self._backends.values() if one.up and name in (None, one.name)]
         if not up:
-            raise BackendUnavailable("No ComfyUI is there to take the file" if name is None else f"The backend {name} is not there now")
+            raise BackendUnavailable(
+                "No ComfyUI is there to take the file" if name is None else f"The backend {name} is not there now"
+            )
         return up
 
 

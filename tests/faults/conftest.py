@@ -14,6 +14,16 @@ from tests.faults.kit import Owed, Site, comfy_site
 from tests.faults.proxy import Proxy, proxied
 from tests.queue_kit import Queue, house
 
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Faults wait for time limits: all of them are for `make test-all`."""
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
