@@ -227,14 +227,25 @@ class ComfyUIClient:
 
     @asynccontextmanager
     async def view(
-        self, *, filename: str, subfolder: str, folder: str, headers: dict[str, str], head: bool = False
+        self,
+        *,
+        filename: str,
+        subfolder: str,
+        folder: str,
+        headers: dict[str, str],
+        head: bool = False,
+        patience: float | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        """A file through /view, streamed; Range and conditional headers are passed on. Any status is given back."""
+        """A file through /view, streamed; Range and conditional headers are passed on. Any status is given back.
+
+        `patience`: so many seconds may pass between two pieces of it; None: those of every other call.
+        """
         request = self._http.build_request(
             "HEAD" if head else "GET",
             "/view",
             params={"filename": filename, "subfolder": subfolder, "type": folder},
             headers=headers,
+            timeout=httpx.USE_CLIENT_DEFAULT if patience is None else patience,
         )
         try:
             reply = await self._http.send(request, stream=True)

@@ -28,11 +28,14 @@ class RemoteFile(Struct, frozen=True, kw_only=True):
     etag: str
     modified_at: int
 
-    async def read(self, start: int, length: int) -> AsyncGenerator[bytes, None]:
-        """Yield `length` bytes from `start`. Raises `Gone` when it is another file now, `BackendUnavailable`."""
+    async def read(self, start: int, length: int, *, patience: float | None = None) -> AsyncGenerator[bytes, None]:
+        """Yield `length` bytes from `start`; `patience` as in `ComfyUIClient.view`.
+
+        Raises `Gone` when it is another file now, `BackendUnavailable`.
+        """
         headers = {"range": f"bytes={start}-{start + length - 1}"}
         async with self.client.view(
-            filename=self.name, subfolder=self.subfolder, folder=self.folder, headers=headers
+            filename=self.name, subfolder=self.subfolder, folder=self.folder, headers=headers, patience=patience
         ) as reply:
             if reply.status_code not in (200, 206) or (reply.headers.get("etag") or self.etag) != self.etag:
                 raise Gone("The output changed while it was being opened")

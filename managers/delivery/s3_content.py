@@ -157,7 +157,7 @@ async def _download(file: RemoteFile, config: DownloadConfig) -> AsyncGenerator[
     done, failures = 0, 0
     while done < file.size:
         try:
-            async with aclosing(file.read(done, file.size - done)) as pieces:
+            async with aclosing(file.read(done, file.size - done, patience=config.timeout_seconds)) as pieces:
                 while (piece := await _next(pieces, config.timeout_seconds)) is not None:
                     done += len(piece)
                     yield piece
