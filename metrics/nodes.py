@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any
 
-from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.samples import Sample
-from prometheus_client.utils import floatToGoString
 
 from managers.events.types import NodeExecuted, NodeExecuting
+from metrics.registry import Written, lines
 
 BUCKETS = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300)
 MAX_TYPES = 200
 OTHER = "other"
 _MAX_WORKFLOWS = 256
 _NAME = "comfyui_node_duration_seconds"
+_ENDS = (*(str(float(bound)) for bound in BUCKETS), "+Inf")
 
 
 class _Class:
@@ -32,27 +32,28 @@ class _Class:
         self._labels = {"node_type": node_type}
         self._counts = [0] * (len(BUCKETS) + 1)  # not cumulative; the last one is for what is longer
         self._sum = 0.0
-        self._samples: list[Sample] | None = None
+        self._seen = self._written = 0
+        self._lines = b""
 
     def observe(self, seconds: float) -> None:
         """One more."""
         self._counts[bisect_left(BUCKETS, seconds)] += 1
         self._sum += seconds
-        self._samples = None
+        self._seen += 1
 
-    def samples(self) -> list[Sample]:
-        """Its part of the histogram; made again only when something was observed."""
-        if self._samples is None:
-            ends = (*map(floatToGoString, BUCKETS), "+Inf")
-            self._samples = [
+    def lines(self) -> bytes:
+        """Its part of the histogram as text, made again only when something was observed. May run in a thread."""
+        seen = self._seen
+        if seen != self._written:
+            cumulative = list(accumulate(self._counts))
+            samples = [
                 Sample(f"{_NAME}_bucket", {**self._labels, "le": end}, float(count))
-                for end, count in zip(ends, accumulate(self._counts), strict=True)
+                for end, count in zip(_ENDS, cumulative, strict=True)
             ]
-            self._samples += (
-                Sample(f"{_NAME}_count", self._labels, float(sum(self._counts))),
-                Sample(f"{_NAME}_sum", self._labels, self._sum),
-            )
-        return self._samples
+            samples.append(Sample(f"{_NAME}_count", self._labels, float(cumulative[-1])))
+            samples.append(Sample(f"{_NAME}_sum", self._labels, self._sum))
+            self._lines, self._written = lines(samples), seen
+        return self._lines
 
 
 class NodeTimes:
@@ -68,9 +69,10 @@ class NodeTimes:
 
     def collect(self) -> Iterator[Metric]:
         """What was measured so far."""
-        family = HistogramMetricFamily(_NAME, "Execution time of nodes.", labels=("node_type",))
-        family.samples = [sample for one in self._classes.values() for sample in one.samples()]
-        yield family
+        classes = list(self._classes.values())
+        yield Written(
+            _NAME, "Execution time of nodes.", "histogram", lambda: b"".join(one.lines() for one in classes)
+        )
 
     def forget(self, workflow_id: object) -> None:
         """Its attempt ended: what still seems to run does not."""

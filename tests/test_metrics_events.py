@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import msgspec
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from managers.events.types import (
@@ -20,6 +21,7 @@ from managers.events.types import (
     WorkflowStarted,
 )
 from metrics.nodes import MAX_TYPES, OTHER
+from metrics.registry import exposition
 from metrics.workflows import WorkflowMetrics
 from tests.scraping import Sample, nodes, sample, values
 
@@ -31,7 +33,7 @@ def metrics_after(*events: Any) -> dict[Sample, float]:
     registry.register(metrics)
     for event in events:
         metrics.hear(event)
-    return values(parse_text(generate_latest(registry).decode()))
+    return values(parse_text(asyncio.run(exposition(registry, ""))[0].decode()))
 
 
 def message(kind: str, workflow_id: str, at: int, backend: str = "a") -> ComfyUIMessage:
