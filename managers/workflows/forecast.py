@@ -116,7 +116,7 @@ class Forecast:
     async def prepare(self, workflows: Collection[Workflow]) -> None:
         """See that `eta` has what it needs to tell about these. Raises `StoreUnavailable`."""
         waiting = [workflow.id for workflow in workflows if workflow.status is Status.QUEUED]
-        if not waiting:
+        if not waiting or self._store.counts().paused:  # nobody can know then
             return
         if self._is_old():
             waiting += (entry.id for entry in self._store.first_in_line(WALK))
