@@ -12,7 +12,7 @@ import ipaddress
 import socket
 import ssl
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
 from urllib.parse import urlsplit
@@ -228,3 +228,47 @@ class _GuardedTransport(httpx.AsyncHTTPTransport):
             max_connections=pool.get("max_connections"),
             max_keepalive_connections=0,
         )
+
+
+class GuardedClient:
+    """An httpx client behind the guard, made when it is first wanted: reading the certificates takes 50 ms.
+
+    It follows no redirect and keeps nothing of the environment.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        *,
+        seconds: float,
+        context: ssl.SSLContext | None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`seconds` for each step of a request; `context`: certificates that are trusted, None: the system's."""
+        self._guard = guard
+        self._seconds = seconds
+        self._context = context
+        self._headers = headers
+        self._client: httpx.AsyncClient | None = None
+        self._making = asyncio.Lock()
+
+    async def get(self) -> httpx.AsyncClient:
+        """The client."""
+        async with self._making:
+            if self._client is None:
+                context = self._context
+                if context is None:
+                    context = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
+                self._client = httpx.AsyncClient(
+                    transport=self._guard.transport(context),
+                    timeout=httpx.Timeout(self._seconds),
+                    headers=self._headers,
+                    follow_redirects=False,
+                    trust_env=False,
+                )
+            return self._client
+
+    async def aclose(self) -> None:
+        """Close what is open."""
+        if self._client is not None:
+            await self._client.aclose()

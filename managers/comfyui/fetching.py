@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from managers.comfyui.spool import Spool
 from managers.errors import TooLarge
-from managers.guard import Forbidden, Guard, Unresolved, split
+from managers.guard import Forbidden, Guard, GuardedClient, Unresolved, split
 
 log = structlog.get_logger(__name__)
 
@@ -50,16 +50,18 @@ class Fetcher:
 
     def __init__(self, guard: Guard, config: FetchConfig, *, context: ssl.SSLContext | None = None) -> None:
         """`context` says which certificates are trusted, None: those of the system."""
-        self._guard = guard
         self._config = config
-        self._context = context
-        self._client: httpx.AsyncClient | None = None
-        self._making = asyncio.Lock()
+        self._client = GuardedClient(
+            guard,
+            seconds=config.timeout_seconds,
+            context=context,
+            # Whole as it is: what is packed could be any size unpacked.
+            headers={"user-agent": config.agent, "accept": "*/*", "accept-encoding": "identity"},
+        )
 
     async def aclose(self) -> None:
         """Close what is open."""
-        if self._client is not None:
-            await self._client.aclose()
+        await self._client.aclose()
 
     async def fetch(self, url: str, new_spool: Callable[[], Spool]) -> Spool:
         """The bytes there, for the caller to close. Raises `NotFetched`, `Unavailable` when our disk fails."""
@@ -84,7 +86,7 @@ class Fetcher:
                 return spool
 
     async def _fetch(self, url: str, spool: Spool) -> None:
-        client = await self._open()
+        client = await self._client.get()
         grace = self._config.timeout_seconds * _GRACE
         try:
             async with asyncio.timeout(grace) as leash:
@@ -118,23 +120,6 @@ class Fetcher:
         async for piece in reply.aiter_raw():
             await spool.write(piece)
             leash.reschedule(began + grace + spool.size / _SLOWEST)
-
-    async def _open(self) -> httpx.AsyncClient:
-        async with self._making:
-            if self._client is None:
-                # Reading the certificates takes 50 ms: not on the loop, and not where nothing is fetched.
-                context = self._context
-                if context is None:
-                    context = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
-                self._client = httpx.AsyncClient(
-                    transport=self._guard.transport(context),
-                    timeout=httpx.Timeout(self._config.timeout_seconds),
-                    # Whole as it is: what is packed could be any size unpacked.
-                    headers={"user-agent": self._config.agent, "accept": "*/*", "accept-encoding": "identity"},
-                    follow_redirects=False,
-                    trust_env=False,
-                )
-            return self._client
 
 
 def _sentence(error: Exception) -> str:

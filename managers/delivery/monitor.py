@@ -35,11 +35,12 @@ from managers.comfyui.protocol import (
 from managers.comfyui.socket import ComfyUISocket, Frame
 from managers.comfyui.tracker import Tracker, describe
 from managers.comfyui.verdicts import Job, Verdict, concluded, outputs_in
-from managers.delivery.monitor_reading import Ended, RecentClient, evidence, graph_of, outcome_of, vanished
+from managers.delivery.monitor_reading import Ended, RecentClient, evidence, graph_of, vanished
 from managers.errors import BackendUnavailable, Conflict, NotFound
 from managers.events.hub import Hub
 from managers.events.types import BackendConnected, BackendDisconnected, ImagesGenerated, Output, StoredEvent
 from managers.workflows.model import AttemptState, Claimed, NewWorkflow, Priority, rank
+from managers.workflows.settlement import outcome_of
 from managers.workflows.store import WorkflowStore
 
 log = structlog.get_logger(__name__)

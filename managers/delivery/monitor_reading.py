@@ -17,7 +17,6 @@ from managers.comfyui.protocol import End, HistoryEntry, end_of, read_history
 from managers.comfyui.tracker import Tracker
 from managers.comfyui.verdicts import Result, Verdict
 from managers.events.types import Output
-from managers.workflows.model import Outcome, Status
 
 _histories = msgspec.json.Decoder(dict[str, Raw])
 _anything: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
@@ -77,22 +76,3 @@ def vanished(*, started: bool, same: bool, now: int) -> Verdict:
         return Verdict(result=Result.CANCELLED, end_time=now, error="It was taken out of ComfyUI's queue")
     words = "ComfyUI no longer knows the prompt: it was restarted, or its queue or history was cleared"
     return Verdict(result=Result.LOST, end_time=now, error=words, error_type="lost")
-
-
-def outcome_of(verdict: Verdict, now: int) -> Outcome:
-    """What the record keeps of it: there is no second attempt here."""
-    status = Status.FAILED if verdict.result is Result.LOST else Status(verdict.result.value)
-    return Outcome(
-        status=status,
-        start_time=verdict.start_time,
-        completion_time=verdict.end_time or now,
-        outputs=verdict.outputs,
-        outputs_reused=verdict.outputs_reused,
-        nodes=verdict.nodes,
-        progress=verdict.progress,
-        error=verdict.error,
-        error_type=verdict.error_type,
-        errors=verdict.errors,
-        node_id=verdict.node_id,
-        node_type=verdict.node_type,
-    )

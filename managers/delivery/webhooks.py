@@ -25,7 +25,7 @@ from managers.delivery.port import Again, Delivered, Delivery, Outcome, Refused
 from managers.delivery.store import Endpoint, Secret
 from managers.errors import StoreUnavailable
 from managers.events.log import StoredFrame
-from managers.guard import Forbidden, Guard, Unresolved
+from managers.guard import Forbidden, Guard, GuardedClient, Unresolved
 
 SCHEDULE = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
 """Seconds before the second to the tenth try (5 s, 5 min, 30 min, 2, 5, 10, 14, 20, 24 h)."""
@@ -114,14 +114,11 @@ class Sender:
         self.guard = guard
         self._clock = clock
         self._agent = agent
-        self._context = context
-        self._client: httpx.AsyncClient | None = None
-        self._making = asyncio.Lock()
+        self._client = GuardedClient(guard, seconds=SECONDS, context=context)
 
     async def aclose(self) -> None:
         """Close what is open."""
-        if self._client is not None:
-            await self._client.aclose()
+        await self._client.aclose()
 
     async def send(self, url: str, secrets: Sequence[str], message_id: str, body: bytes) -> Outcome:
         """Sign and POST. 2xx is delivered, all else is not; 410 means never again."""
@@ -133,7 +130,7 @@ class Sender:
         }
         try:
             async with asyncio.timeout(SECONDS):
-                client = await self._open()
+                client = await self._client.get()
                 async with client.stream("POST", url, content=body, headers=headers) as reply:
                     return _judged(reply.status_code, retry_after(reply.headers.get("retry-after"), now))
         except (Forbidden, Unresolved) as error:
@@ -142,21 +139,6 @@ class Sender:
             return Again(f"No answer within {SECONDS:g} s")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             return Again(_plain(error))
-
-    async def _open(self) -> httpx.AsyncClient:
-        async with self._making:
-            if self._client is None:
-                # Reading the certificates takes 50 ms: not on the loop, and not where nobody wants to be called.
-                context = self._context
-                if context is None:
-                    context = await asyncio.to_thread(httpx.create_ssl_context, trust_env=False)
-                self._client = httpx.AsyncClient(
-                    transport=self.guard.transport(context),
-                    timeout=httpx.Timeout(SECONDS),
-                    follow_redirects=False,
-                    trust_env=False,
-                )
-            return self._client
 
 
 def _judged(status: int, after: float | None) -> Outcome:

@@ -49,7 +49,7 @@ async def settle(
             words = verdict.error or "out of memory"
             await store.lose(prompt_id, error=words, error_type="oom", now=now, retry=True, cost=cost)
         case _:
-            await store.finish(prompt_id, _outcome(verdict, now, cost))
+            await store.finish(prompt_id, outcome_of(verdict, now, cost))
 
 
 async def _oom_before(store: WorkflowStore, claimed: Claimed) -> bool:
@@ -59,9 +59,10 @@ async def _oom_before(store: WorkflowStore, claimed: Claimed) -> bool:
     )
 
 
-def _outcome(verdict: Verdict, now: int, cost: Cost | None) -> Outcome:
+def outcome_of(verdict: Verdict, now: int, cost: Cost | None = None) -> Outcome:
+    """What the record keeps of a verdict; lost counts as failed, where nothing is made again. `now` is epoch ms."""
     return Outcome(
-        status=Status(verdict.result.value),
+        status=Status.FAILED if verdict.result is Result.LOST else Status(verdict.result.value),
         start_time=verdict.start_time,
         completion_time=verdict.end_time or now,
         outputs=verdict.outputs,
